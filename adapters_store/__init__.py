@@ -1,0 +1,1 @@
+"""Adapter formats, canonical form, registry, blobs and memory tiers."""

@@ -1,0 +1,1 @@
+"""Segmented LoRA operations: Triton kernels with the plain torch reference beside each."""

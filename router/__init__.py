@@ -1,0 +1,1 @@
+"""Choosing adapters per query: encoders, scorers, gates and policies behind `model: "auto"`."""

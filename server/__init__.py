@@ -1,0 +1,1 @@
+"""The server: HTTP front (api), generation (engine) and the embedded demo."""

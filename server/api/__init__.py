@@ -1,0 +1,1 @@
+"""The HTTP front: one module per resource."""

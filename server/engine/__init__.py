@@ -1,0 +1,1 @@
+"""Generation: request -> schedule -> run -> sample -> output."""
