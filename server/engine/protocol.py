@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorKind = Literal["adapter", "model", "request"]
 EngineState = Literal["starting", "ready", "draining", "dead"]
 
 
@@ -83,7 +84,8 @@ class EngineOutput:
     """What one step added to one request.
 
     `cached_tokens` is the number of prompt tokens taken from the prefix cache (final from the first output on).
-    With `finish_reason` set this is the request's last output; "error" carries `error`. The end-of-sequence or stop
+    With `finish_reason` set this is the request's last output; "error" carries `error` and `error_kind`: the adapter
+    could not be loaded, the model's numbers were not finite, or the request was refused. The end-of-sequence or stop
     token itself, when generated, is included in `token_ids` (it is billed) and named by `stop_token_id`.
     """
 
@@ -93,6 +95,7 @@ class EngineOutput:
     cached_tokens: int = 0
     stop_token_id: int | None = None
     error: str | None = None
+    error_kind: ErrorKind | None = None
 
 
 @dataclass(frozen=True, slots=True)

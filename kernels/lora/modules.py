@@ -1,0 +1,95 @@
+"""Which module belongs to which site, and the checks of segments that every backend shares."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .interface import ModuleWeights, Segment, Site
+
+
+@dataclass(frozen=True, slots=True)
+class SetLimits:
+    """Bounds of one step: tokens, adapters of a set, and their ranks together (an adapter's rank is its largest)."""
+
+    max_tokens: int
+    max_set_size: int
+    max_set_rank: int
+
+
+class ModuleIndex:
+    """Finds the (site, slice) of a module path and the shapes that follow from it."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        """Raises ValueError when sites are not numbered in order or a module is named twice."""
+        self._place: dict[str, tuple[int, int]] = {}
+        self._sites = tuple(sites)
+        for position, site in enumerate(self._sites):
+            if site.index != position:
+                raise ValueError(f"site {position} carries index {site.index}")
+            for number, part in enumerate(site.slices):
+                if part.module in self._place:
+                    raise ValueError(f"module {part.module} is in two sites")
+                self._place[part.module] = (position, number)
+
+    def place(self, module: str) -> tuple[int, int]:
+        """(site index, slice number) of a module. Raises KeyError for a module that is in no site."""
+        return self._place[module]
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(in features, out features) of a module."""
+        site, number = self._place[module]
+        return self._sites[site].in_features, self._sites[site].slices[number].out_features
+
+    def by_site(self, modules: Iterable[str]) -> dict[int, list[tuple[int, str]]]:
+        """The modules as {site index: [(slice number, module), ...]}, both in ascending order."""
+        places: dict[int, list[tuple[int, str]]] = {}
+        for site, number, module in sorted((*self._place[module], module) for module in modules):
+            places.setdefault(site, []).append((number, module))
+        return places
+
+    def check_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Raises KeyError for an unknown module, ValueError for a rank below one or an adapter without modules."""
+        if not ranks:
+            raise ValueError("an adapter needs at least one module")
+        for module, rank in ranks.items():
+            if module not in self._place:
+                raise KeyError(module)
+            if rank < 1:
+                raise ValueError(f"rank {rank} of {module} is below 1")
+
+    def check_weights(self, ranks: Mapping[str, int], modules: Mapping[str, ModuleWeights]) -> None:
+        """Raises ValueError when the weights are not those that were reserved."""
+        if ranks.keys() != modules.keys():
+            different = sorted(ranks.keys() ^ modules.keys())
+            raise ValueError(f"weights do not match what was reserved: {different[0]}")
+        for module, weights in modules.items():
+            inputs, outputs = self.shape(module)
+            rank = ranks[module]
+            if tuple(weights.A.shape) != (rank, inputs) or tuple(weights.B.shape) != (outputs, rank):
+                raise ValueError(
+                    f"{module}: A {tuple(weights.A.shape)} and B {tuple(weights.B.shape)}, "
+                    f"reserved A {(rank, inputs)} and B {(outputs, rank)}"
+                )
+
+
+def check_segments(
+    segments: Sequence[Segment], num_tokens: int, limits: SetLimits, rank_of: Callable[[int], int]
+) -> None:
+    """Raises ValueError for segments that overlap, leave the step, or pass a bound; the message names the bound.
+
+    `rank_of` gives the largest rank of a published slot and raises ValueError for any other slot.
+    """
+    if num_tokens > limits.max_tokens:
+        raise ValueError(f"{num_tokens} tokens exceed max_tokens {limits.max_tokens}")
+    end = 0
+    for segment in segments:
+        if segment.start < end or segment.end <= segment.start or segment.end > num_tokens:
+            raise ValueError(f"segment [{segment.start}, {segment.end}) is empty, out of order or out of range")
+        end = segment.end
+        size = len(segment.adapters)
+        if not size:
+            raise ValueError(f"segment [{segment.start}, {segment.end}) names no adapter")
+        if size > limits.max_set_size:
+            raise ValueError(f"a set of {size} adapters exceeds max_set_size {limits.max_set_size}")
+        rank = sum(rank_of(slot) for slot, _ in segment.adapters)
+        if rank > limits.max_set_rank:
+            raise ValueError(f"a set of total rank {rank} exceeds max_set_rank {limits.max_set_rank}")

@@ -1,0 +1,278 @@
+"""What Prometheus scrapes: the `vllm:` series that gateways and dashboards read, and `loramux_` series per adapter.
+
+Gauges and the engine's counters are read from its latest snapshot when somebody scrapes; histograms are filled as
+requests go by. Each application has a registry of its own. Adapters are shown by name, never by digest, and only a
+bounded number of them have a label of their own.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineStats
+
+Status = Literal["stop", "length", "abort", "error", "rejected"]
+
+OTHER = "other"
+_LABELS = ("model_name", "engine")
+_TTFT = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)  # fmt: skip
+_GAP = (.001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)  # fmt: skip
+_LATENCY = (.05, .1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # fmt: skip
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+_LOAD = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCounts:
+    """What the store holds, refreshed now and then: registered adapters and their bytes on disk."""
+
+    adapters: int = 0
+    bytes: int = 0
+
+
+class AdapterLabels:
+    """Which adapters have a label of their own: the first `limit` that were asked for and not deleted since."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._statuses: dict[str, set[str]] = {}
+
+    def of(self, name: str) -> str:
+        """The adapter's label: its name while there is room, else `other`."""
+        if name in self._statuses:
+            return name
+        if len(self._statuses) >= self._limit:
+            return OTHER
+        self._statuses[name] = set()
+        return name
+
+    def used(self, label: str, status: str) -> None:
+        """Remembers that a series with this status exists."""
+        if label in self._statuses:
+            self._statuses[label].add(status)
+
+    def drop(self, name: str) -> set[str]:
+        """Frees the adapter's place; returns the statuses of its series."""
+        return self._statuses.pop(name, set())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._statuses
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """When one sequence's tokens arrived, in seconds of `time.perf_counter`; `start` is the HTTP request's arrival."""
+
+    start: float
+    first: float | None = None
+    last: float | None = None
+    gaps: list[float] = field(default_factory=list)
+
+    def token(self, now: float) -> None:
+        """Notes tokens that arrive together at `now`."""
+        if self.first is None:
+            self.first = now
+        elif self.last is not None:
+            self.gaps.append(now - self.last)
+        self.last = now
+
+
+class Metrics:
+    """All series of one server."""
+
+    def __init__(
+        self, engine: EngineClient, *, model_name: str, max_adapters: int, name_of: Callable[[str], str | None]
+    ) -> None:
+        self._engine = engine
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._adapters = AdapterLabels(max_adapters)
+        self.store = StoreCounts()
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(_EngineCollector(engine, self._labels, name_of, lambda: self.store))
+        requests = CollectorRegistry(auto_describe=False)
+        self.registry.register(_WithoutCreated(requests))
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            made = Histogram(name, text, _LABELS, buckets=tuple(buckets), registry=requests)
+            return made.labels(**self._labels)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, (*_LABELS, *labels), registry=requests)
+
+        self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT)
+        self._itl = histogram("vllm:inter_token_latency_seconds", "Between tokens of one answer.", _GAP)
+        self._tpot = histogram("vllm:request_time_per_output_token_seconds", "Mean per token after the first.", _GAP)
+        self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _LATENCY)
+        self._decode = histogram("vllm:request_decode_time_seconds", "First to last token.", _LATENCY)
+        self._prompt_sizes = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._answer_sizes = histogram("vllm:request_generation_tokens", "Tokens of an answer.", _TOKENS)
+        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens of one engine step.", _STEP_TOKENS)
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens.").labels(**self._labels)
+        self._generated = counter("vllm:generation_tokens", "Generated tokens.").labels(**self._labels)
+        self._success = counter("vllm:request_success", "Requests by how they ended.", "finished_reason")
+        self._load = Histogram(
+            "loramux_adapter_load_seconds", "Disk or host to device.", buckets=_LOAD, registry=requests
+        )
+        self._requests = Counter(
+            "loramux_requests", "Requests by adapter and end.", ("adapter", "status"), registry=requests
+        )
+        self._adapter_prompt = Counter(
+            "loramux_prompt_tokens", "Prompt tokens by adapter.", ("adapter",), registry=requests
+        )
+        self._adapter_generated = Counter(
+            "loramux_generation_tokens", "Generated tokens by adapter.", ("adapter",), registry=requests
+        )
+
+    def finished(
+        self, names: Iterable[str], status: Status, times: RequestTimes, *, prompt_tokens: int, generated_tokens: int
+    ) -> None:
+        """One sequence ended. `names` are its adapters, or the base's name; a fused set counts for each member."""
+        if times.first is not None and times.last is not None:
+            self._ttft.observe(times.first - times.start)
+            self._decode.observe(times.last - times.first)
+            for gap in times.gaps:
+                self._itl.observe(gap)
+            if generated_tokens > 1:
+                self._tpot.observe((times.last - times.first) / (generated_tokens - 1))
+            self._prompt.inc(prompt_tokens)
+            self._generated.inc(generated_tokens)
+            self._prompt_sizes.observe(prompt_tokens)
+            self._answer_sizes.observe(generated_tokens)
+        if status != "rejected":
+            self._e2e.observe(time.perf_counter() - times.start)
+            self._success.labels(**self._labels, finished_reason=status).inc()
+        for name in names:
+            label = self._adapters.of(name)
+            self._adapters.used(label, status)
+            self._requests.labels(label, status).inc()
+            if times.first is not None:
+                self._adapter_prompt.labels(label).inc(prompt_tokens)
+                self._adapter_generated.labels(label).inc(generated_tokens)
+
+    def take_events(self) -> None:
+        """Moves what happened in the engine's steps into the histograms."""
+        for event in self._engine.drain_events():
+            if event.scheduled_tokens:
+                self._step_tokens.observe(event.scheduled_tokens)
+            for _, seconds in event.adapter_loads:
+                self._load.observe(seconds)
+
+    def forget_adapter(self, name: str) -> None:
+        """Removes the series of an adapter that was deleted."""
+        if name not in self._adapters:
+            return
+        for status in self._adapters.drop(name):
+            self._requests.remove(name, status)
+        for series in (self._adapter_prompt, self._adapter_generated):
+            series.remove(name)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The text that is scraped and its content type, in the form that `accept` prefers."""
+        self.take_events()
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class _WithoutCreated(Collector):
+    """Another registry's series without their creation times, which nobody reads and which double a scrape's cost."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, filtered."""
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
+
+
+class _EngineCollector(Collector):
+    """Series made from the engine's snapshot at the moment of the scrape."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        labels: Mapping[str, str],
+        name_of: Callable[[str], str | None],
+        counts: Callable[[], StoreCounts],
+    ) -> None:
+        self._engine = engine
+        self._labels = labels
+        self._name_of = name_of
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        """All gauges and counters that the engine knows."""
+        stats = self._engine.stats
+        keys, values = list(self._labels), list(self._labels.values())
+
+        def gauge(name: str, text: str, value: float) -> Metric:
+            family = GaugeMetricFamily(name, text, labels=keys)
+            family.add_metric(values, value)
+            return family
+
+        def counter(name: str, text: str, value: float) -> Metric:
+            family = CounterMetricFamily(name, text, labels=keys)
+            family.add_metric(values, value)
+            return family
+
+        used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+        yield gauge("vllm:num_requests_running", "Requests in the running batch.", stats.running)
+        yield gauge("vllm:num_requests_waiting", "Requests that wait.", stats.waiting)
+        yield gauge("vllm:kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", used)
+        yield counter("vllm:num_preemptions", "Sequences put back for lack of blocks.", stats.preemptions)
+        yield counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_queried_tokens)
+        yield counter("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_hit_tokens)
+        yield from self._from_info(stats)
+        yield gauge("loramux_requests_waiting_for_adapter", "Requests whose adapter loads.", stats.waiting_for_adapter)
+        yield gauge("loramux_engine_up", "1 while the engine serves.", float(self._engine.state == "ready"))
+        yield counter("loramux_adapter_evictions", "Adapters dropped from the device.", stats.adapter_evictions)
+        yield from self._tiers(stats)
+
+    def _from_info(self, stats: EngineStats) -> Iterator[Metric]:
+        """What needs the engine to have been ready once: the cache's shape, and the adapters' whereabouts."""
+        try:
+            info = self._engine.info
+        except EngineDeadError:
+            return
+        cache = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=["block_size", "num_gpu_blocks"])
+        cache.add_metric([str(info.block_size), str(info.num_blocks)], 1)
+        yield cache
+        running = self._names(stats.running_adapters)
+        resident = self._names(item.digest for item in stats.adapters if item.device)
+        on_device = list(dict.fromkeys([name for name in running if name in set(resident)] + resident))
+        on_device = on_device[: max(info.max_num_seqs, len(running))]
+        waiting = [name for name in self._names(stats.waiting_adapters) if name not in set(on_device)]
+        lora = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters on the device (in use first) and adapters that requests wait for; the value is the unix time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        lora.add_metric([str(info.max_num_seqs), ",".join(on_device), ",".join(waiting)], time.time())
+        yield lora
+
+    def _names(self, digests: Iterable[str]) -> list[str]:
+        """The adapters' names, without those that are unknown by now."""
+        names = (self._name_of(digest) for digest in digests)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def _tiers(self, stats: EngineStats) -> Iterator[Metric]:
+        """How many adapters, and bytes of them, lie on the device, in host memory and on disk."""
+        counts = self._counts()
+        adapters = GaugeMetricFamily("loramux_adapters", "Adapters by tier.", labels=["tier"])
+        adapters.add_metric(["device"], sum(item.device for item in stats.adapters))
+        adapters.add_metric(["host"], sum(item.host for item in stats.adapters))
+        adapters.add_metric(["disk"], counts.adapters)
+        yield adapters
+        used = GaugeMetricFamily("loramux_adapter_bytes", "Bytes of adapters by tier.", labels=["tier"])
+        used.add_metric(["device"], stats.device_adapter_bytes_used)
+        used.add_metric(["host"], stats.host_adapter_bytes_used)
+        used.add_metric(["disk"], counts.bytes)
+        yield used

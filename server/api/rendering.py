@@ -1,0 +1,165 @@
+"""Messages to a prompt, prompts to token ids, and what the model's own files say about sampling.
+
+Chat templates run in transformers' sandboxed Jinja environment. The tokenizer is the `tokenizers` library's; its
+batch call leaves the interpreter free while it works, so a long prompt in a thread does not stop the event loop.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from loramux.server.api.detokenize import Detokenizer
+from loramux.server.api.errors import bad_request
+
+logger = logging.getLogger(__name__)
+
+INLINE_CHARS = 8192
+
+
+class TokenizerError(Exception):
+    """The model's tokenizer cannot be used; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request gets that says nothing: the model's own settings, or the neutral values."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @classmethod
+    def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingDefaults":
+        """Reads `generation_config.json`. A file that says `do_sample: false` makes greedy the default.
+
+        A value outside the API's own bounds is ignored.
+        """
+
+        def number(key: str, low: float, high: float, default: float) -> float:
+            value = config.get(key)
+            usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+            return float(value) if usable and value is not None else default
+
+        greedy = config.get("do_sample") is False
+        return cls(
+            temperature=0.0 if greedy else number("temperature", 0, 2, cls.temperature),
+            top_p=number("top_p", 0, 1, cls.top_p),
+            top_k=int(number("top_k", 0, 1 << 31, cls.top_k)),
+            min_p=number("min_p", 0, 1, cls.min_p),
+        )
+
+
+class Renderer:
+    """The tokenizer and the chat template of one model. Methods are safe from several threads at once."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        defaults: SamplingDefaults | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self._template = chat_template
+        self._special_tokens = dict(special_tokens or {})
+        self._executor = executor
+        self.defaults = defaults or SamplingDefaults()
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(
+        cls, model_path: Path, *, chat_template: Path | None = None, executor: Executor | None = None
+    ) -> "Renderer":
+        """The renderer of a directory in Hugging Face layout; no code of the model's is run.
+
+        Raises `TokenizerError` when there is no tokenizer, or none that decodes step by step.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+            raise TokenizerError(f"cannot load the tokenizer of {model_path}: {error}") from error
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise TokenizerError(f"{model_path} has no fast tokenizer (tokenizer.json); convert it with transformers")
+        template = chat_template.read_text(encoding="utf-8") if chat_template else tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        config = model_path / "generation_config.json"
+        generation = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        if generation.get("repetition_penalty", 1.0) not in (None, 1, 1.0):
+            logger.warning("the model asks for repetition_penalty, which is not supported yet: not applied")
+        return cls(
+            Tokenizer.from_str(backend.to_str()),
+            chat_template=template,
+            special_tokens={k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
+            defaults=SamplingDefaults.from_generation_config(generation),
+            executor=executor,
+        )
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return self._template is not None
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt text up to where the assistant speaks. Raises a 400 with the template's own complaint."""
+        if self._template is None:
+            raise bad_request(
+                "This model has no chat template: use /v1/completions, or start the server with --chat-template FILE.",
+                "messages", "no_chat_template",
+            )  # fmt: skip
+        try:
+            texts, _ = render_jinja_template(
+                [[dict(message) for message in messages]],
+                chat_template=self._template, add_generation_prompt=True, **self._special_tokens,
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError) as error:
+            raise bad_request(
+                f"The chat template refused the messages: {error}", "messages", "invalid_messages"
+            ) from None
+        text: str = texts[0]
+        return text
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids. `add_special_tokens` as the tokenizer does it (usually a leading begin mark)."""
+        encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encodings[0].ids
+        return ids
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self.encode(self.render(messages), add_special_tokens=False)
+
+    async def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The prompt of a conversation; long ones are rendered and encoded in a thread."""
+        if sum(len(message["content"]) for message in messages) <= INLINE_CHARS:
+            return self._encode_chat(messages)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode_chat, messages)
+
+    async def text_tokens(self, text: str) -> list[int]:
+        """The prompt of a text completion."""
+        if len(text) <= INLINE_CHARS:
+            return self.encode(text, add_special_tokens=True)
+
+        def encode() -> list[int]:
+            return self.encode(text, add_special_tokens=True)
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+
+    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
+        """The way back, for an answer to `prompt`."""
+        return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens)

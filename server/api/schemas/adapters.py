@@ -1,0 +1,60 @@
+"""`/v1/adapters`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from loramux.server.api.schemas.common import RequestModel, ResponseModel
+
+MAX_DESCRIPTION_CHARS = 4096
+MAX_EXAMPLES = 256
+MAX_EXAMPLE_CHARS = 2048
+
+
+class Adapter(ResponseModel):
+    """One version of an adapter. `tier` is where its weights are now; `pinned` ones stay on the device."""
+
+    id: str
+    object: Literal["adapter"]
+    name: str
+    version: int
+    digest: str
+    status: str
+    base_model: str
+    rank: int
+    target_modules: list[str]
+    bytes: int
+    created_at: int
+    description: str | None
+    examples: list[str]
+    warnings: list[str]
+    pinned: bool
+    tier: Literal["device", "host", "disk"]
+    last_error: str | None
+
+
+class AdapterList(ResponseModel):
+    """A page of adapters (the newest version of each); ask for the next with `after=last_id`."""
+
+    object: Literal["list"]
+    data: list[Adapter]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class AdapterDeleted(ResponseModel):
+    """The name is free again; running requests finish on the weights they started with."""
+
+    id: str
+    object: Literal["adapter.deleted"]
+    name: str
+    deleted: Literal[True]
+
+
+class AdapterPatch(RequestModel):
+    """What may change without a new version. Absent fields stay; `description: null` clears it."""
+
+    description: str | None = Field(None, max_length=MAX_DESCRIPTION_CHARS)
+    examples: list[str] | None = Field(None, max_length=MAX_EXAMPLES)
+    pinned: bool | None = None

@@ -1,0 +1,161 @@
+"""`POST /v1/chat/completions`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from loramux.server.api.schemas.common import (
+    INT64_MAX,
+    Flag,
+    GenerationRequest,
+    RequestModel,
+    ResponseModel,
+    ServedBy,
+    Usage,
+    neutral,
+)
+
+MAX_MESSAGES = 2048
+
+
+def _only_text(kind: Any) -> Any:
+    """Content parts other than text are refused by their type; nothing they point to is ever fetched."""
+    if kind != "text":
+        raise PydanticCustomError(
+            "unsupported", "{kind} parts are not supported; send text parts", {"kind": repr(kind)[:64]}
+        )
+    return kind
+
+
+class TextPart(RequestModel):
+    """A piece of text."""
+
+    type: Annotated[Literal["text"], BeforeValidator(_only_text)]
+    text: str
+
+
+def _known_role(role: Any) -> Any:
+    """Tool turns come with tool calling."""
+    if role in ("tool", "function"):
+        raise PydanticCustomError("unsupported", "{role} messages are not supported yet", {"role": repr(role)})
+    return role
+
+
+class Message(RequestModel):
+    """One turn. The fields that clients replay from an earlier answer are accepted while they are empty."""
+
+    role: Annotated[Literal["developer", "system", "user", "assistant"], BeforeValidator(_known_role)]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: Annotated[Any, neutral()] = None
+    function_call: Annotated[Any, neutral()] = None
+    tool_calls: Annotated[Any, neutral([])] = None
+
+    def text(self) -> str:
+        """The content as one string; several parts are joined by newlines."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content)
+        return self.content or ""
+
+    def for_template(self) -> dict[str, str]:
+        """What the chat template sees; `developer` is the newer word for `system`."""
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": self.text()}
+        if self.name is not None:
+            turn["name"] = self.name
+        return turn
+
+
+class ChatRequest(GenerationRequest):
+    """The body. Without a limit the answer may fill the rest of the context."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+    parallel_tool_calls: Flag
+
+    logprobs: Annotated[Any, neutral(False)] = None
+    top_logprobs: Annotated[Any, neutral(0)] = None
+    tools: Annotated[Any, neutral([])] = None
+    tool_choice: Annotated[Any, neutral("none", "auto")] = None
+    functions: Annotated[Any, neutral([])] = None
+    function_call: Annotated[Any, neutral("none", "auto")] = None
+    modalities: Annotated[Any, neutral(["text"])] = None
+    audio: Annotated[Any, neutral()] = None
+    prediction: Annotated[Any, neutral()] = None
+    reasoning_effort: Annotated[Any, neutral()] = None
+    verbosity: Annotated[Any, neutral()] = None
+    web_search_options: Annotated[Any, neutral()] = None
+    documents: Annotated[Any, neutral([])] = None
+    chat_template: Annotated[Any, neutral()] = None
+    chat_template_kwargs: Annotated[Any, neutral({})] = None
+    add_generation_prompt: Annotated[Any, neutral(True)] = None
+    continue_final_message: Annotated[Any, neutral(False)] = None
+    add_special_tokens: Annotated[Any, neutral(False)] = None
+
+
+class AnswerMessage(ResponseModel):
+    """The assistant's turn."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(ResponseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: str
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(ResponseModel):
+    """The whole answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str | None = None
+    prompt_token_ids: list[int] | None = None
+    loramux: ServedBy
+
+
+class Delta(ResponseModel):
+    """What a chunk adds to the assistant's turn."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+
+
+class ChatChunkChoice(ResponseModel):
+    """One answer's part of a chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: None = None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(ResponseModel):
+    """One event of a stream. `loramux` and `prompt_token_ids` come with the first."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    system_fingerprint: str | None = None
+    prompt_token_ids: list[int] | None = None
+    loramux: ServedBy | None = None

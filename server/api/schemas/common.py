@@ -1,0 +1,178 @@
+"""Fields that chat and text completions share: sampling, adapters, bookkeeping, and what is not supported yet.
+
+A field is either honoured, or accepted because it cannot change the answer (bookkeeping), or declared here as not
+supported: then only its neutral values pass. A field that nobody declared is refused by name, so that a misspelt
+parameter is never silently ignored. `null` always means "not given".
+"""
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+INT64_MAX = (1 << 63) - 1
+MAX_STOPS = 16
+MAX_STOP_CHARS = 512
+MAX_STOP_TOKEN_IDS = 128
+MAX_WEIGHT = 1000.0
+
+Flag = Annotated[bool | None, Field(default=None)]
+
+
+def neutral(*values: Any) -> BeforeValidator:
+    """For a field that would change the answer and is not supported yet: null and `values` pass, others are a 400."""
+
+    def check(value: Any) -> Any:
+        for allowed in (None, *values):
+            if value is allowed or (isinstance(value, bool) == isinstance(allowed, bool) and value == allowed):
+                return value
+        remedy = " or send ".join(["leave it out", *(json.dumps(item) for item in values[:1])])
+        raise PydanticCustomError("unsupported", "this value is not supported yet; {remedy}", {"remedy": remedy})
+
+    return BeforeValidator(check)
+
+
+class RequestModel(BaseModel):
+    """Strict: no coercion between types, no unknown fields, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(RequestModel):
+    """What a stream carries besides text."""
+
+    include_usage: Flag
+    continuous_usage_stats: Flag
+    include_obfuscation: Flag
+
+
+class AdapterWeight(RequestModel):
+    """One adapter of an explicit fusion: `name` or `name@version`, and its factor in the sum."""
+
+    name: str = Field(max_length=128)
+    weight: float | None = Field(None, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
+
+
+class Bookkeeping(RequestModel):
+    """Accepted and ignored: none of these can change an answer."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: Flag
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class Unsupported(RequestModel):
+    """Declared so that the answer is a refusal by name and not a different text than was asked for."""
+
+    n: Annotated[Any, neutral(1)] = None
+    best_of: Annotated[Any, neutral(1)] = None
+    presence_penalty: Annotated[Any, neutral(0)] = None
+    frequency_penalty: Annotated[Any, neutral(0)] = None
+    repetition_penalty: Annotated[Any, neutral(1)] = None
+    logit_bias: Annotated[Any, neutral({})] = None
+    prompt_logprobs: Annotated[Any, neutral()] = None
+    response_format: Annotated[Any, neutral({"type": "text"})] = None
+    guided_json: Annotated[Any, neutral()] = None
+    guided_regex: Annotated[Any, neutral()] = None
+    guided_choice: Annotated[Any, neutral()] = None
+    guided_grammar: Annotated[Any, neutral()] = None
+    structured_outputs: Annotated[Any, neutral()] = None
+    use_beam_search: Annotated[Any, neutral(False)] = None
+    length_penalty: Annotated[Any, neutral(1)] = None
+    bad_words: Annotated[Any, neutral([])] = None
+    allowed_token_ids: Annotated[Any, neutral()] = None
+    logits_processors: Annotated[Any, neutral([])] = None
+    truncate_prompt_tokens: Annotated[Any, neutral()] = None
+    spaces_between_special_tokens: Annotated[Any, neutral(True)] = None
+
+
+class GenerationRequest(Bookkeeping, Unsupported):
+    """What chat and text completions have in common.
+
+    `temperature`, `top_p` and `top_k` default to the model's own generation settings. `top_k` -1 and 0 both mean
+    "all tokens". `adapters` fuses several adapters over the base and goes with the base's name in `model`.
+    """
+
+    model: str = Field(min_length=1, max_length=512)
+    adapters: list[AdapterWeight] | None = Field(None, max_length=64)
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1 << 31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
+
+    max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
+    min_tokens: int | None = Field(None, ge=0, le=INT64_MAX)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    include_stop_str_in_output: Flag
+    ignore_eos: Flag
+    skip_special_tokens: Flag
+
+    stream: Flag
+    stream_options: StreamOptions | None = None
+    return_token_ids: Flag
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class ResponseModel(BaseModel):
+    """Answers: only fields that were set appear, so an explicit None is a `null` and an untouched field is absent."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    def json_text(self) -> str:
+        """The wire form."""
+        return self.model_dump_json(exclude_unset=True)
+
+
+class PromptTokensDetails(ResponseModel):
+    """`cached_tokens` were taken from the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(ResponseModel):
+    """Tokens in and out, over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, cached: int) -> "Usage":
+        """The usage of `prompt` tokens in (`cached` of them reused) and `completion` tokens out."""
+        details = PromptTokensDetails(cached_tokens=cached)
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=details,
+        )
+
+
+class ServedAdapter(ResponseModel):
+    """One adapter that took part in an answer."""
+
+    name: str
+    version: int
+    weight: float
+
+
+class ServedBy(ResponseModel):
+    """What answered: no adapters means the base alone."""
+
+    adapters: list[ServedAdapter]

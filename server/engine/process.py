@@ -1,0 +1,136 @@
+"""The engine's own process: commands in, steps, reports out.
+
+Started by the client as `python -m loramux.server.engine.process COMMANDS REPORTS` with the configuration as one line
+of JSON on standard input. It ends when told to, or when standard input closes: an engine never outlives its API.
+"""
+
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from loramux.adapters_store.device import AdapterLoadFailure
+from loramux.server.engine.config import EngineConfig
+from loramux.server.engine.core import EngineCore
+from loramux.server.engine.loading import UnsupportedModelError
+from loramux.server.engine.protocol import EngineOutput
+from loramux.server.engine.transport import (
+    Command,
+    EngineEnd,
+    Report,
+    decode_request,
+    encode_event,
+    encode_info,
+    encode_output,
+    encode_stats,
+)
+
+logger = logging.getLogger(__name__)
+
+STATS_SECONDS = 0.25
+IDLE_SECONDS = 1.0
+LOAD_POLL_SECONDS = 0.001
+EXIT_CANNOT_START = 2
+
+
+class EngineLoop:
+    """Drives one core from one end of the wire."""
+
+    def __init__(self, core: EngineCore, end: EngineEnd) -> None:
+        self._core = core
+        self._end = end
+        self._last_stats = 0.0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Runs until told to stop."""
+        timeout = 0.0
+        while not self._stopping:
+            for message in self._end.receive(timeout):
+                self._handle(message)
+            if not self._core.has_work():
+                self._send_stats()
+                timeout = IDLE_SECONDS
+                continue
+            result = self._core.step()
+            if result.outputs or result.event.adapter_loads or result.event.scheduled_tokens:
+                outputs = [encode_output(o) for o in result.outputs]
+                self._end.send(Report.STEP, outputs, encode_event(result.event))
+            if time.monotonic() - self._last_stats >= STATS_SECONDS:
+                self._send_stats()
+            timeout = LOAD_POLL_SECONDS if self._core.is_waiting_only() else 0.0
+
+    def _send_stats(self) -> None:
+        self._end.send(Report.STATS, encode_stats(self._core.stats()))
+        self._last_stats = time.monotonic()
+
+    def _handle(self, message: list[Any]) -> None:
+        kind, *content = message
+        if kind == Command.ADD:
+            request = decode_request(content[0])
+            try:
+                self._core.add(request)
+            except ValueError as error:
+                refused = EngineOutput(
+                    request.request_id, finish_reason="error", error=str(error), error_kind="request"
+                )
+                self._end.send(Report.STEP, [encode_output(refused)], (0, ()))
+        elif kind == Command.ABORT:
+            for request_id in content[0]:
+                self._core.abort(request_id)
+        elif kind == Command.FORGET:
+            self._core.forget_adapter(content[0])
+        elif kind == Command.PIN:
+            call, digest, pinned = content
+            failed: str | None = None
+            try:
+                self._core.pin_adapter(digest, pinned)
+            except AdapterLoadFailure as failure:
+                failed = str(failure)
+            self._end.send(Report.PINNED, call, failed)
+        elif kind == Command.STOP:
+            self._stopping = True
+
+
+def _exit_with_parent() -> None:
+    """Ends the process when standard input closes, which it does however the parent ends."""
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def main(commands: str, reports: str) -> int:
+    """The process's body; returns its exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the API's to handle: it drains
+    config = EngineConfig(**json.loads(sys.stdin.buffer.readline()))
+    _exit_with_parent()
+    end = EngineEnd(commands, reports)
+    try:
+        core = EngineCore(config)
+    except UnsupportedModelError as error:
+        end.send(Report.FAILED, str(error))
+        end.close()
+        return EXIT_CANNOT_START
+    gc.collect()
+    gc.freeze()
+    end.send(Report.READY, encode_info(core.info))
+    try:
+        EngineLoop(core, end).run()
+    finally:
+        core.close()
+    end.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

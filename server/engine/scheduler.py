@@ -1,0 +1,163 @@
+"""Which tokens of which sequences the next step computes.
+
+Each step has a budget of tokens. Decoding sequences come first, one token each; then prompts that are partly computed;
+then waiting requests, in order of arrival, in chunks that fill the budget. A request whose adapter is on its way to the
+device waits alone. When blocks run out the youngest running sequence gives its blocks back and is recomputed later.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from loramux.server.engine.blocks import BlockManager
+from loramux.server.engine.sequence import Sequence
+
+
+class AdapterGate(Protocol):
+    """What the scheduler needs of the device tier."""
+
+    def acquire(self, digests: Seq[str]) -> tuple[int, ...] | None:
+        """Slots of resident adapters, one use taken of each; None while some are still loading."""
+
+    def release(self, digests: Seq[str]) -> None:
+        """Gives the uses back."""
+
+    def abandon(self, digests: Seq[str]) -> None:
+        """The caller that waited for this set no longer does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, end) of one sequence, to be computed in this step."""
+
+    seq: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk ends at the sequence's last token, so that a next one is chosen."""
+        return self.end == len(self.seq.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sequence that left the queue because it can never run."""
+
+    seq: Sequence
+    message: str
+
+
+class Scheduler:
+    """Owns the queues. All methods are called from the engine's one thread."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        adapters: AdapterGate,
+        *,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        load_errors: tuple[type[Exception], ...] = (),
+    ) -> None:
+        self.blocks = blocks
+        self.adapters = adapters
+        self.max_num_seqs = max_num_seqs
+        self.max_batched_tokens = max_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.waiting_for_adapter = 0
+        self.preemptions = 0
+        self._load_errors = load_errors
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a new sequence."""
+        self.waiting.append(seq)
+
+    def schedule(self) -> tuple[list[Chunk], list[Failure]]:
+        """The next step's chunks (decodes first, each part ordered by adapter set), and sequences that failed."""
+        budget = self.max_batched_tokens
+        chunks: dict[int, Chunk] = {}
+        decoding = [s for s in self.running if s.remaining == 1]
+        prefilling = [s for s in self.running if s.remaining > 1]
+        for seq in (*decoding, *prefilling):
+            if budget == 0:
+                break
+            if seq.slots is None:  # preempted for an earlier sequence of this very step
+                continue
+            end = seq.num_computed + min(seq.remaining, budget)
+            if self._make_room(seq, end, chunks):
+                chunks[id(seq)] = Chunk(seq, seq.num_computed, end)
+                budget -= end - seq.num_computed
+        budget = self.max_batched_tokens - sum(c.end - c.start for c in chunks.values())
+        failures = self._admit(budget, chunks)
+        ordered = sorted(chunks.values(), key=lambda c: (c.end - c.start > 1, c.seq.current_span.key))
+        return ordered, failures
+
+    def finish(self, seq: Sequence) -> None:
+        """Takes the sequence out, wherever it is, and frees what it holds."""
+        if seq in self.running:
+            self.running.remove(seq)
+            self._give_back(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+            self.adapters.abandon(seq.digests)
+
+    def _admit(self, budget: int, chunks: dict[int, Chunk]) -> list[Failure]:
+        failures: list[Failure] = []
+        blocked: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            try:
+                slots = self.adapters.acquire(seq.digests)
+            except self._load_errors as error:
+                self.waiting.popleft()
+                failures.append(Failure(seq, str(error)))
+                continue
+            if slots is None:
+                blocked.append(self.waiting.popleft())
+                continue
+            seq.slots = dict(zip(seq.digests, slots, strict=True))
+            cached = self.blocks.match_prefix(seq)
+            end = cached + min(seq.remaining, budget)
+            if not self._fits(seq) or not self.blocks.grow(seq, end):
+                self._give_back(seq)
+                break
+            if not seq.first_scheduled:
+                seq.first_scheduled = True
+                seq.cached_tokens = cached
+                self.blocks.count_query(seq)
+            self.waiting.popleft()
+            self.running.append(seq)
+            chunks[id(seq)] = Chunk(seq, cached, end)
+            budget -= end - cached
+        self.waiting_for_adapter = len(blocked)
+        self.waiting.extendleft(reversed(blocked))
+        return failures
+
+    def _fits(self, seq: Sequence) -> bool:
+        """Whether the whole of the sequence's present tokens fits now: admitting less only leads to preemption."""
+        return self.blocks.blocks_for(len(seq.tokens)) - len(seq.blocks) <= self.blocks.num_free
+
+    def _make_room(self, seq: Sequence, end: int, chunks: dict[int, Chunk]) -> bool:
+        """Blocks for tokens up to `end`; the youngest other sequence gives way, and `seq` itself when it is that."""
+        while not self.blocks.grow(seq, end):
+            victim = self.running[-1]
+            self._preempt(victim)
+            chunks.pop(id(victim), None)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._give_back(seq)
+        self.waiting.appendleft(seq)
+        self.preemptions += 1
+
+    def _give_back(self, seq: Sequence) -> None:
+        self.blocks.free(seq)
+        if seq.slots is not None:
+            self.adapters.release(tuple(seq.slots))
+            seq.slots = None

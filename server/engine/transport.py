@@ -1,0 +1,164 @@
+"""The wire between the API process and the engine process: ZeroMQ sockets carrying msgpack.
+
+Nothing else knows ZeroMQ. Each side has one socket to send and one to receive, over Unix sockets in a private
+directory. A message is a list whose first item says what it is; see `Command` and `Report`.
+"""
+
+from dataclasses import astuple, fields
+from enum import IntEnum
+from typing import Any
+
+import msgpack
+import zmq
+import zmq.asyncio
+
+from loramux.server.engine.protocol import (
+    AdapterRef,
+    AdapterResidency,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    SamplingParams,
+    StepEvent,
+)
+
+
+class Command(IntEnum):
+    """API -> engine."""
+
+    ADD = 0  # request
+    ABORT = 1  # request ids
+    FORGET = 2  # digest
+    PIN = 3  # call id, digest, pinned
+    STOP = 4
+
+
+class Report(IntEnum):
+    """Engine -> API."""
+
+    READY = 0  # info
+    FAILED = 1  # message: the engine cannot start
+    STEP = 2  # outputs, event
+    STATS = 3  # stats
+    PINNED = 4  # call id, error or None
+
+
+def encode_request(request: EngineRequest) -> list[Any]:
+    """The request as plain values."""
+    adapters = [(a.digest, a.weight) for a in request.adapters]
+    return [request.request_id, request.prompt_token_ids, astuple(request.sampling), adapters, request.salt]
+
+
+def decode_request(raw: list[Any]) -> EngineRequest:
+    """The inverse of `encode_request`."""
+    request_id, prompt, sampling, adapters, salt = raw
+    values = dict(zip((f.name for f in fields(SamplingParams)), sampling, strict=True))
+    values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    return EngineRequest(
+        request_id, tuple(prompt), SamplingParams(**values), tuple(AdapterRef(d, w) for d, w in adapters), salt
+    )
+
+
+def encode_output(output: EngineOutput) -> tuple[Any, ...]:
+    """The output as plain values."""
+    return (output.request_id, output.token_ids, output.finish_reason, output.cached_tokens, output.stop_token_id,
+            output.error, output.error_kind)  # fmt: skip
+
+
+def decode_output(raw: list[Any]) -> EngineOutput:
+    """The inverse of `encode_output`."""
+    request_id, tokens, reason, cached, stop_token, error, kind = raw
+    return EngineOutput(request_id, tuple(tokens), reason, cached, stop_token, error, kind)
+
+
+def encode_event(event: StepEvent) -> tuple[Any, ...]:
+    """The event as plain values."""
+    return (event.scheduled_tokens, event.adapter_loads)
+
+
+def decode_event(raw: list[Any]) -> StepEvent:
+    """The inverse of `encode_event`."""
+    return StepEvent(raw[0], tuple((digest, seconds) for digest, seconds in raw[1]))
+
+
+def encode_stats(stats: EngineStats) -> tuple[Any, ...]:
+    """The stats as plain values."""
+    return astuple(stats)
+
+
+def decode_stats(raw: list[Any]) -> EngineStats:
+    """The inverse of `encode_stats`."""
+    values = dict(zip((f.name for f in fields(EngineStats)), raw, strict=True))
+    for name in ("running_adapters", "waiting_adapters"):
+        values[name] = tuple(values[name])
+    values["adapters"] = tuple(AdapterResidency(*a) for a in values["adapters"])
+    return EngineStats(**values)
+
+
+def encode_info(info: EngineInfo) -> tuple[Any, ...]:
+    """The info as plain values."""
+    return astuple(info)
+
+
+def decode_info(raw: list[Any]) -> EngineInfo:
+    """The inverse of `encode_info`."""
+    values = dict(zip((f.name for f in fields(EngineInfo)), raw, strict=True))
+    values["eos_token_ids"] = tuple(values["eos_token_ids"])
+    return EngineInfo(**values)
+
+
+class EngineEnd:
+    """The engine's side: blocking, used from its one thread."""
+
+    def __init__(self, commands: str, reports: str) -> None:
+        self._context = zmq.Context()
+        self._commands = self._context.socket(zmq.PULL)
+        self._reports = self._context.socket(zmq.PUSH)
+        for socket in (self._commands, self._reports):
+            socket.set_hwm(0)
+        self._commands.connect(commands)
+        self._reports.connect(reports)
+
+    def receive(self, timeout_seconds: float) -> list[list[Any]]:
+        """All commands that are there, waiting at most this long for the first."""
+        found: list[list[Any]] = []
+        while self._commands.poll(0 if found else int(timeout_seconds * 1000)):
+            found.append(msgpack.unpackb(self._commands.recv(zmq.NOBLOCK)))
+        return found
+
+    def send(self, report: Report, *content: Any) -> None:
+        """Sends a report; never blocks."""
+        self._reports.send(msgpack.packb([int(report), *content]))
+
+    def close(self) -> None:
+        """Sends what is queued (for at most a second) and closes the sockets."""
+        self._commands.close(linger=0)
+        self._reports.close(linger=1000)
+        self._context.term()
+
+
+class ClientEnd:
+    """The API's side: one per engine process, on the event loop."""
+
+    def __init__(self, commands: str, reports: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._reports = self._context.socket(zmq.PULL)
+        for socket in (self._commands, self._reports):
+            socket.set_hwm(0)
+        self._commands.bind(commands)
+        self._reports.bind(reports)
+
+    async def send(self, command: Command, *content: Any) -> None:
+        """Sends a command."""
+        await self._commands.send(msgpack.packb([int(command), *content]))
+
+    async def receive(self) -> list[Any]:
+        """The next report."""
+        message: list[Any] = msgpack.unpackb(await self._reports.recv())
+        return message
+
+    def close(self) -> None:
+        """Closes the sockets and drops what was not sent."""
+        self._context.destroy(linger=0)
