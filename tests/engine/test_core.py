@@ -1,0 +1,247 @@
+"""The engine core on a tiny model: batching, chunking, caching, preemption and switches never change what is said."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.engines import drain, make_core, request, tokens_of
+from support.models import (
+    EOS,
+    VOCAB,
+    family_config,
+    greedy,
+    mixed_recipes,
+    random_model,
+    save_adapter,
+    save_model,
+    write_blob,
+)
+
+from loramux.server.engine.core import EngineCore
+from loramux.server.engine.loading import UnsupportedModelError
+from loramux.server.engine.protocol import EngineRequest
+
+
+@dataclass
+class Setup:
+    model: Any
+    model_dir: Path
+    blob_dir: Path
+    digests: dict[str, str]
+
+    def core(self, **overrides: Any) -> EngineCore:
+        return make_core(self.model_dir, self.blob_dir, **overrides)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    root = tmp_path_factory.mktemp("core")
+    model = random_model(family_config("llama"))
+    model_dir = save_model(model, root / "base")
+    digests = {}
+    for recipe in mixed_recipes(model):
+        path = save_adapter(model, recipe, root / "adapters")
+        digests[recipe.name] = write_blob(model, path, root / "blobs")
+    return Setup(model, model_dir, root / "blobs", digests)
+
+
+@pytest.fixture
+def core(setup: Setup) -> Iterator[EngineCore]:
+    engine = setup.core()
+    yield engine
+    engine.close()
+
+
+def texts(count: int, low: int = 1, high: int = 40, seed: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (count,), generator=generator).tolist()
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def workload(setup: Setup, count: int = 14, tokens: int = 10) -> list[EngineRequest]:
+    names = [None, *setup.digests]
+    requests = []
+    for i, prompt in enumerate(texts(count)):
+        name = names[i % len(names)]
+        sampling = {"temperature": 0.9, "seed": i, "top_p": 0.9} if i % 3 == 0 else {}
+        adapters = [(setup.digests[name], 1.0)] if name else []
+        requests.append(request(str(i), prompt, tokens, adapters, ignore_eos=True, **sampling))
+    return requests
+
+
+def run(core: EngineCore, requests: list[EngineRequest]) -> dict[str, list[int]]:
+    for r in requests:
+        core.add(r)
+    found = {key: tokens_of(outputs) for key, outputs in drain(core).items()}
+    assert core.blocks.num_used == 0
+    assert all(a.users == 0 for a in core.tier.residency())
+    core.blocks.check()
+    return found
+
+
+def test_every_switch_leaves_the_output_unchanged(setup: Setup) -> None:
+    expected: dict[str, list[int]] | None = None
+    variants: list[dict[str, Any]] = [
+        {},
+        {"decode_workspace": False},
+        {"packed_projections": False},
+        {"enable_prefix_caching": False},
+        {"max_batched_tokens": 16},
+        {"max_num_seqs": 1},
+        {"block_size": 16},
+    ]
+    for variant in variants:
+        core = setup.core(**variant)
+        got = run(core, workload(setup))
+        core.close()
+        expected = expected or got
+        assert got == expected, variant
+
+
+def test_preemption_changes_nothing(setup: Setup, core: EngineCore) -> None:
+    expected = run(core, workload(setup, tokens=40))
+    per_block = core.model.kv_bytes_per_token * 4
+    small = setup.core(kv_cache_bytes=per_block * 40, max_model_len=100)
+    got = run(small, workload(setup, tokens=40))
+    small.close()
+    assert small.scheduler.preemptions > 0
+    assert got == expected
+
+
+def test_a_repeated_prompt_is_taken_from_the_cache(core: EngineCore, setup: Setup) -> None:
+    prompt = texts(1, 33, 34)[0]
+    first = run(core, [request("a", prompt, 5)])
+    core.add(request("b", prompt, 5))
+    outputs = drain(core)["b"]
+    assert tokens_of(outputs) == first["a"]
+    assert outputs[0].cached_tokens == 32
+    core.add(request("c", prompt, 5, [(setup.digests["all-r8"], 1.0)]))
+    assert drain(core)["c"][0].cached_tokens == 0
+    core.add(request("d", prompt, 5, salt="other"))
+    assert drain(core)["d"][0].cached_tokens == 0
+    stats = core.stats()
+    assert stats.prefix_hit_tokens == 32
+    assert stats.prefix_queried_tokens == 4 * 33
+
+
+def test_end_of_sequence_stops_unless_ignored(setup: Setup, core: EngineCore) -> None:
+    prompt = texts(1, 8, 9)[0]
+    plain = greedy(setup.model, prompt, 30)
+    core.add(request("eos", prompt, 30, stop_token_ids=(plain[4],)))
+    outputs = drain(core)["eos"]
+    cut = plain.index(plain[4]) + 1
+    assert tokens_of(outputs) == plain[:cut]
+    assert outputs[-1].finish_reason == "stop"
+    assert outputs[-1].stop_token_id == plain[4]
+    core.add(request("long", prompt, 30, ignore_eos=True))
+    outputs = drain(core)["long"]
+    assert len(tokens_of(outputs)) == 30
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_min_tokens_keeps_the_end_away(setup: Setup, core: EngineCore) -> None:
+    prompt = texts(1, 8, 9)[0]
+    plain = greedy(setup.model, prompt, 30)
+    core.add(request("r", prompt, 12, stop_token_ids=(plain[0],), min_tokens=6))
+    tokens = tokens_of(drain(core)["r"])
+    assert len(tokens) >= 6
+    assert plain[0] not in tokens[:6]
+    assert EOS not in tokens[:6]
+
+
+def test_abort_frees_everything_at_once(core: EngineCore, setup: Setup) -> None:
+    for r in workload(setup, tokens=60):
+        core.add(r)
+    for _ in range(4):
+        core.step()
+    assert core.blocks.num_used > 0
+    for r in workload(setup):
+        core.abort(r.request_id)
+    core.abort("unknown")
+    assert core.blocks.num_used == 0
+    assert core.stats().running == 0
+    assert core.stats().waiting == 0
+    assert all(a.users == 0 for a in core.tier.residency())
+
+
+def test_a_missing_adapter_fails_its_request_alone(core: EngineCore) -> None:
+    prompt = texts(1)[0]
+    core.add(request("bad", prompt, 4, [("sha256:" + "0" * 64, 1.0)]))
+    core.add(request("good", prompt, 4))
+    outputs = drain(core)
+    assert outputs["bad"][-1].finish_reason == "error"
+    assert outputs["bad"][-1].error_kind == "adapter"
+    assert len(tokens_of(outputs["good"])) == 4
+
+
+def test_numbers_that_are_not_finite_fail_their_request_alone(core: EngineCore, setup: Setup) -> None:
+    prompt = texts(1)[0]
+    core.add(request("bad", prompt, 4, [(setup.digests["all-r8"], 1e38)]))
+    core.add(request("good", prompt, 4))
+    outputs = drain(core)
+    assert outputs["bad"][-1].error_kind == "model"
+    assert len(tokens_of(outputs["good"])) == 4
+    assert core.blocks.num_used == 0
+
+
+def test_a_poisoned_prefix_is_not_served_again(core: EngineCore, setup: Setup) -> None:
+    prompt = texts(1, 20, 21)[0]
+    expected = run(core, [request("first", prompt, 4)])["first"]
+    core.add(request("bad", prompt, 4, [(setup.digests["all-r8"], 1e38)]))
+    drain(core)
+    assert run(core, [request("again", prompt, 4)])["again"] == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "phrase"), [([], 1, "empty"), ([5] * 250, 7, "context"), ([5], 10**9, "context")]
+)
+def test_requests_that_cannot_run_are_refused(core: EngineCore, prompt: list[int], tokens: int, phrase: str) -> None:
+    with pytest.raises(ValueError, match=phrase):
+        core.add(request("r", prompt, tokens))
+
+
+def test_an_id_is_used_once_at_a_time(core: EngineCore) -> None:
+    core.add(request("r", [5], 1))
+    with pytest.raises(ValueError, match="in use"):
+        core.add(request("r", [5], 1))
+
+
+def test_a_cache_that_cannot_hold_one_sequence_is_refused(setup: Setup) -> None:
+    with pytest.raises(UnsupportedModelError, match="--max-model-len"):
+        setup.core(kv_cache_bytes=1 << 12)
+
+
+def test_a_context_longer_than_the_positions_is_refused(setup: Setup) -> None:
+    with pytest.raises(UnsupportedModelError, match="--max-model-len 256"):
+        setup.core(max_model_len=257)
+
+
+def test_a_forgotten_adapter_is_freed_after_its_last_use(core: EngineCore, setup: Setup) -> None:
+    digest = setup.digests["all-r8"]
+    core.add(request("r", [5, 6, 7], 20, [(digest, 1.0)], ignore_eos=True))
+    while not core.stats().running:
+        core.step()
+    core.forget_adapter(digest)
+    core.step()
+    assert core.backend.bytes_used > 0
+    tokens = tokens_of(drain(core)["r"])
+    assert len(tokens) >= 17
+    assert core.backend.bytes_used == 0
+    assert core.host.bytes_used == 0
+
+
+def test_more_adapters_than_fit_take_turns(setup: Setup) -> None:
+    needed = max(
+        setup.core().backend.bytes_needed({"model.layers.0.mlp.up_proj": 8}) * 24, 1
+    )  # about one all-linear adapter
+    core = setup.core(device_adapter_bytes=needed * 2)
+    got = run(core, workload(setup, tokens=6))
+    wide = setup.core()
+    assert got == run(wide, workload(setup, tokens=6))
+    assert core.tier.evictions > 0
+    assert core.backend.bytes_used <= core.backend.bytes_total
+    core.close()
+    wide.close()
