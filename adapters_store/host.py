@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from loramux.adapters_store.canonical import CanonicalError, read_canonical, read_header
+from loramux.adapters_store.canonical import read_canonical, read_header
 from loramux.adapters_store.digests import blob_path
 from loramux.kernels.lora.interface import ModuleWeights
 
@@ -155,6 +155,3 @@ class HostTier:
 
     def _remove(self, digest: str) -> None:
         self._bytes -= self._entries.pop(digest).bytes
-
-
-__all__ = ["CanonicalError", "HostTier", "Modules"]

@@ -11,14 +11,15 @@ they lie, and the expand accumulates straight into out. Accumulation order depen
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .interface import ArenaFullError, ModuleWeights, Segment, Site
+from .interface import ArenaFullError, LoraPlan, ModuleWeights, Segment, Site
 from .modules import ModuleIndex, SetLimits, check_segments
 from .torch_bank import Bank, Run, Signature, SiteTensors, bucket
-from .torch_plan import Group, Pattern, make_entries, make_pattern
+from .torch_plan import Entry, Group, Pattern, make_entries, make_pattern
 
 _RECENT_PLANS = 8
 """Rows named by this many latest distinct plans are not given to other adapters."""
@@ -90,10 +91,7 @@ class _Step:
         """The run's product as [m * length, outputs of the run]."""
         group, slices = self._group, len(run.slices)
         h = h[:, :, run.offset : run.offset + slices * run.rank]
-        if slices > 1:
-            h = h.unflatten(2, (slices, run.rank)).transpose(1, 2)
-        else:
-            h = h.unsqueeze(1)
+        h = h.reshape(group.count, group.length, slices, run.rank).transpose(1, 2) if slices > 1 else h.unsqueeze(1)
         if spread is not None:
             h = h.index_select(1, spread)
         y = torch.bmm(h.reshape(-1, group.length, run.rank), B)
@@ -175,7 +173,7 @@ class TorchLoraBackend:
         return sum(bank.nbytes for bank in self._banks.values())
 
     def reserve(self, ranks: Mapping[str, int]) -> int:
-        """A new slot. Raises `ArenaFullError` (with free 0 when slots, not bytes, have run out), KeyError, ValueError."""
+        """A new slot. Raises `ArenaFullError` (free 0 when slots, not bytes, have run out), KeyError, ValueError."""
         self._index.check_ranks(ranks)
         needed = self.bytes_needed(ranks)
         free = self._budget - self._used
@@ -329,15 +327,15 @@ class TorchLoraBackend:
         patterns: dict[tuple[tuple[int, int], ...], Pattern],
         bank: Bank,
         slots: Sequence[int],
-        entries: Mapping[int, object],
+        entries: Mapping[int, Entry],
     ) -> Pattern:
         placed = tuple((bank.row_of[slot], slot) for slot in slots)
         pattern = patterns.get(placed)
         if pattern is None:
-            pattern = patterns[placed] = make_pattern(entries, placed, self.device)  # type: ignore[arg-type]
+            pattern = patterns[placed] = make_pattern(entries, placed, self.device)
         return pattern
 
-    def add(self, site: Site, x: Tensor, out: Tensor, plan: TorchLoraPlan) -> None:
+    def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan) -> None:
         """out[t] += the LoRA term, in place; x [tokens, in], out [tokens, sum of outs] with unit stride."""
-        for step in plan.steps.get(site.index, ()):
+        for step in cast(TorchLoraPlan, plan).steps.get(site.index, ()):
             step.add(x, out)

@@ -86,9 +86,10 @@ def from_engine(error: EngineError) -> APIError:
         )  # fmt: skip
     if error.retryable:
         return unavailable("The engine could not finish the request.", code="engine_error")
-    failure = internal_error()
-    failure.headers["x-should-retry"] = "false"
-    return failure
+    return APIError(
+        500, f"The engine refused the request: {error}", type=SERVER_ERROR, code="engine_error",
+        headers={"x-should-retry": "false"},
+    )  # fmt: skip
 
 
 def from_store(error: AdapterError) -> APIError:

@@ -52,11 +52,12 @@ class SamplingDefaults:
             return float(value) if usable and value is not None else default
 
         greedy = config.get("do_sample") is False
+        neutral = cls()
         return cls(
-            temperature=0.0 if greedy else number("temperature", 0, 2, cls.temperature),
-            top_p=number("top_p", 0, 1, cls.top_p),
-            top_k=int(number("top_k", 0, 1 << 31, cls.top_k)),
-            min_p=number("min_p", 0, 1, cls.min_p),
+            temperature=0.0 if greedy else number("temperature", 0, 2, neutral.temperature),
+            top_p=number("top_p", 0, 1, neutral.top_p),
+            top_k=int(number("top_k", 0, 1 << 31, neutral.top_k)),
+            min_p=number("min_p", 0, 1, neutral.min_p),
         )
 
 

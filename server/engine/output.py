@@ -15,7 +15,15 @@ def accept_token(seq: Sequence, token: int, eos_token_ids: tuple[int, ...]) -> E
     sampling = seq.request.sampling
     if token == INVALID_TOKEN:
         message = "the model's output is not finite (NaN or infinity); check the adapter's weights and the dtype"
-        return EngineOutput(seq.request_id, (), "error", seq.cached_tokens, error=message, error_kind="model")
+        return EngineOutput(
+            seq.request_id,
+            (),
+            "error",
+            seq.cached_tokens,
+            error=message,
+            error_kind="model",
+            scheduled_at=seq.scheduled_at,
+        )
     seq.tokens.append(token)
     reason: FinishReason | None = None
     stop_token = None
@@ -24,4 +32,4 @@ def accept_token(seq: Sequence, token: int, eos_token_ids: tuple[int, ...]) -> E
         reason, stop_token = "stop", token
     elif seq.num_output >= sampling.max_tokens:
         reason = "length"
-    return EngineOutput(seq.request_id, (token,), reason, seq.cached_tokens, stop_token)
+    return EngineOutput(seq.request_id, (token,), reason, seq.cached_tokens, stop_token, scheduled_at=seq.scheduled_at)

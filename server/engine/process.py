@@ -100,8 +100,10 @@ class EngineLoop:
 def _exit_with_parent() -> None:
     """Ends the process when standard input closes, which it does however the parent ends."""
 
+    descriptor = sys.stdin.fileno()  # read unbuffered: a buffer's lock held here would break interpreter shutdown
+
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        while os.read(descriptor, 4096):
             pass
         os._exit(0)
 

@@ -87,6 +87,7 @@ class EngineOutput:
     With `finish_reason` set this is the request's last output; "error" carries `error` and `error_kind`: the adapter
     could not be loaded, the model's numbers were not finite, or the request was refused. The end-of-sequence or stop
     token itself, when generated, is included in `token_ids` (it is billed) and named by `stop_token_id`.
+    `scheduled_at` (`time.monotonic()`, one clock for all processes of a host) is when the request left the queue.
     """
 
     request_id: str
@@ -96,6 +97,7 @@ class EngineOutput:
     stop_token_id: int | None = None
     error: str | None = None
     error_kind: ErrorKind | None = None
+    scheduled_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

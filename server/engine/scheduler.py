@@ -5,6 +5,7 @@ then waiting requests, in order of arrival, in chunks that fill the budget. A re
 device waits alone. When blocks run out the youngest running sequence gives its blocks back and is recomputed later.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -124,8 +125,8 @@ class Scheduler:
             if not self._fits(seq) or not self.blocks.grow(seq, end):
                 self._give_back(seq)
                 break
-            if not seq.first_scheduled:
-                seq.first_scheduled = True
+            if seq.scheduled_at is None:
+                seq.scheduled_at = time.monotonic()
                 seq.cached_tokens = cached
                 self.blocks.count_query(seq)
             self.waiting.popleft()

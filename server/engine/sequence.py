@@ -33,6 +33,7 @@ class Sequence:
     decoding when all tokens but the last are computed. `slots` maps a digest to its device slot while the sequence
     holds its adapters, and is None while it waits. The first `num_registered` blocks are findable by the hashes in
     `block_hashes` (which are kept when blocks are given back). `spans` is never empty and starts at token 0.
+    `scheduled_at` (seconds, `time.monotonic()`) is when its first tokens were first scheduled.
     """
 
     request: EngineRequest
@@ -45,7 +46,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered: int = 0
     slots: dict[str, int] | None = None
-    first_scheduled: bool = False
+    scheduled_at: float | None = None
 
     @classmethod
     def from_request(cls, request: EngineRequest) -> "Sequence":

@@ -63,13 +63,13 @@ def decode_request(raw: list[Any]) -> EngineRequest:
 def encode_output(output: EngineOutput) -> tuple[Any, ...]:
     """The output as plain values."""
     return (output.request_id, output.token_ids, output.finish_reason, output.cached_tokens, output.stop_token_id,
-            output.error, output.error_kind)  # fmt: skip
+            output.error, output.error_kind, output.scheduled_at)  # fmt: skip
 
 
 def decode_output(raw: list[Any]) -> EngineOutput:
     """The inverse of `encode_output`."""
-    request_id, tokens, reason, cached, stop_token, error, kind = raw
-    return EngineOutput(request_id, tuple(tokens), reason, cached, stop_token, error, kind)
+    request_id, tokens, reason, cached, stop_token, error, kind, scheduled_at = raw
+    return EngineOutput(request_id, tuple(tokens), reason, cached, stop_token, error, kind, scheduled_at)
 
 
 def encode_event(event: StepEvent) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Makes the helper modules of this folder importable (pytest's importlib mode does not), and keeps torch on one core."""
+"""Makes the helper modules of this folder importable (importlib mode does not), and keeps torch on one core."""
 
 import sys
 from collections.abc import Iterator

@@ -46,7 +46,7 @@ def test_requests_are_all_served_with_the_right_weights(tmp_path: Path, seed: in
     waiting = [Request(random_set(rng, values), rng.randint(1, 6)) for _ in range(150)]
     running: list[Request] = []
     served = 0
-    for step in range(100_000):
+    for _ in range(100_000):
         tier.poll()
         for request in waiting[:12]:
             request.slots = tier.acquire(request.digests)
@@ -82,7 +82,7 @@ def test_requests_are_all_served_with_the_right_weights(tmp_path: Path, seed: in
         if not waiting and not running:
             break
         time.sleep(0.0002)
-    assert served == 150, f"{len(waiting)} requests waiting after step {step}"
+    assert served == 150, f"{len(waiting)} requests still waiting"
     assert backend.most_bytes <= backend.bytes_total
     assert host.bytes_used <= host.bytes_total
     for digest in values:

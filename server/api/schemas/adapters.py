@@ -2,13 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from loramux.server.api.schemas.common import RequestModel, ResponseModel, Text
 
-from loramux.server.api.schemas.common import RequestModel, ResponseModel
-
-MAX_DESCRIPTION_CHARS = 4096
-MAX_EXAMPLES = 256
-MAX_EXAMPLE_CHARS = 2048
+Tier = Literal["device", "host", "disk"]
 
 
 class Adapter(ResponseModel):
@@ -29,7 +25,7 @@ class Adapter(ResponseModel):
     examples: list[str]
     warnings: list[str]
     pinned: bool
-    tier: Literal["device", "host", "disk"]
+    tier: Tier
     last_error: str | None
 
 
@@ -53,8 +49,8 @@ class AdapterDeleted(ResponseModel):
 
 
 class AdapterPatch(RequestModel):
-    """What may change without a new version. Absent fields stay; `description: null` clears it."""
+    """What may change without a new version. Absent fields stay, null removes a text."""
 
-    description: str | None = Field(None, max_length=MAX_DESCRIPTION_CHARS)
-    examples: list[str] | None = Field(None, max_length=MAX_EXAMPLES)
+    description: Text | None = None
+    examples: list[Text] | None = None
     pinned: bool | None = None

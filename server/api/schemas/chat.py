@@ -12,6 +12,7 @@ from loramux.server.api.schemas.common import (
     RequestModel,
     ResponseModel,
     ServedBy,
+    Text,
     Usage,
     neutral,
 )
@@ -32,7 +33,7 @@ class TextPart(RequestModel):
     """A piece of text."""
 
     type: Annotated[Literal["text"], BeforeValidator(_only_text)]
-    text: str
+    text: Text
 
 
 def _known_role(role: Any) -> Any:
@@ -46,8 +47,8 @@ class Message(RequestModel):
     """One turn. The fields that clients replay from an earlier answer are accepted while they are empty."""
 
     role: Annotated[Literal["developer", "system", "user", "assistant"], BeforeValidator(_known_role)]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
+    content: Text | list[TextPart] | None = None
+    name: Text | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: Annotated[Any, neutral()] = None
@@ -109,7 +110,7 @@ class ChatChoice(ResponseModel):
     index: int
     message: AnswerMessage
     logprobs: None = None
-    finish_reason: str
+    finish_reason: str | None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
 
@@ -128,7 +129,7 @@ class ChatCompletion(ResponseModel):
     loramux: ServedBy
 
 
-class Delta(ResponseModel):
+class TurnDelta(ResponseModel):
     """What a chunk adds to the assistant's turn."""
 
     role: Literal["assistant"] | None = None
@@ -140,7 +141,7 @@ class ChatChunkChoice(ResponseModel):
     """One answer's part of a chunk."""
 
     index: int
-    delta: Delta
+    delta: TurnDelta
     logprobs: None = None
     finish_reason: str | None
     stop_reason: int | str | None = None

@@ -8,7 +8,7 @@ parameter is never silently ignored. `null` always means "not given".
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 INT64_MAX = (1 << 63) - 1
@@ -17,6 +17,17 @@ MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 128
 MAX_WEIGHT = 1000.0
 
+
+def valid_unicode(value: str) -> str:
+    """Raises ValueError for lone surrogates (`"\\ud800"` in JSON), which nothing behind the edge can encode."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode text") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(valid_unicode)]
 Flag = Annotated[bool | None, Field(default=None)]
 
 
@@ -50,7 +61,7 @@ class StreamOptions(RequestModel):
 class AdapterWeight(RequestModel):
     """One adapter of an explicit fusion: `name` or `name@version`, and its factor in the sum."""
 
-    name: str = Field(max_length=128)
+    name: Text = Field(max_length=128)
     weight: float | None = Field(None, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
 
 
@@ -98,7 +109,7 @@ class GenerationRequest(Bookkeeping, Unsupported):
     "all tokens". `adapters` fuses several adapters over the base and goes with the base's name in `model`.
     """
 
-    model: str = Field(min_length=1, max_length=512)
+    model: Text = Field(min_length=1, max_length=512)
     adapters: list[AdapterWeight] | None = Field(None, max_length=64)
 
     temperature: float | None = Field(None, ge=0, le=2)
@@ -109,7 +120,7 @@ class GenerationRequest(Bookkeeping, Unsupported):
 
     max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
     min_tokens: int | None = Field(None, ge=0, le=INT64_MAX)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     include_stop_str_in_output: Flag
     ignore_eos: Flag
@@ -118,7 +129,7 @@ class GenerationRequest(Bookkeeping, Unsupported):
     stream: Flag
     stream_options: StreamOptions | None = None
     return_token_ids: Flag
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    cache_salt: Text | None = Field(None, min_length=1, max_length=256)
 
     @property
     def stops(self) -> tuple[str, ...]:

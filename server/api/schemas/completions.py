@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import PlainValidator, WithJsonSchema
 
-from loramux.server.api.schemas.common import GenerationRequest, ResponseModel, ServedBy, Usage, neutral
+from loramux.server.api.schemas.common import GenerationRequest, ResponseModel, ServedBy, Usage, neutral, valid_unicode
 
 MAX_PROMPTS = 128
 Prompt: TypeAlias = str | list[int]
@@ -25,24 +25,17 @@ def _are_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-def _text(value: str) -> str:
-    """Raises ValueError for lone surrogates, which no tokenizer can encode."""
-    if any("\ud800" <= character <= "\udfff" for character in value) if not value.isascii() else False:
-        raise ValueError("is not valid Unicode text")
-    return value
-
-
 def parse_prompts(value: Any) -> list[Prompt]:
     """The four forms of `prompt` as a list of prompts. Checked by hand: a million ids through a union is slow."""
     if isinstance(value, str):
-        return [_text(value)]
+        return [valid_unicode(value)]
     if _are_tokens(value):
         return [value]
     if isinstance(value, list) and value:
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} are allowed in one request")
         if all(isinstance(item, str) for item in value):
-            return [_text(item) for item in value]
+            return [valid_unicode(item) for item in value]
         if all(_are_tokens(item) for item in value):
             return list(value)
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists; none empty")

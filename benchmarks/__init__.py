@@ -1,0 +1,1 @@
+"""Measurements: each compares with a peer and with the floor in the same run."""

@@ -1,0 +1,57 @@
+"""What every benchmark prints: where it ran, a table to read, and one JSON object to keep."""
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and date of this run."""
+    packages = {}
+    for name in ("torch", "transformers", "peft", "triton", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    cpu = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = f"{models[0]} x {len(models)}" if models else cpu
+    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "packages": packages,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "card": card,
+    }
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows (the first is the heading) as aligned columns; the first column is left-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def publish(result: dict[str, Any], out: Path | None) -> None:
+    """Prints the JSON object on one line and writes it to `out` when given."""
+    text = json.dumps(result, sort_keys=True)
+    sys.stdout.write(text + "\n")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")

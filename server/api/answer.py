@@ -1,0 +1,82 @@
+"""What the two endpoints' answers have in common: one piece or events, usage, and the order in which things end."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from loramux.server.api.generation import Delta, Generation
+from loramux.server.api.resolve import Selection
+from loramux.server.api.schemas.common import GenerationRequest, ResponseModel
+from loramux.server.api.streaming import DONE, EventStream, unless_disconnected
+
+
+class Answer(ABC):
+    """The shape of one answer. Subclasses say how a whole answer and a delta look on the wire."""
+
+    def __init__(self, id: str, selection: Selection, body: GenerationRequest, generation: Generation) -> None:
+        self.generation = generation
+        self.selection = selection
+        self._want_ids = bool(body.return_token_ids)
+        self._common: dict[str, Any] = {
+            "id": id, "created": int(time.time()), "model": selection.model, "system_fingerprint": None,
+        }  # fmt: skip
+        options = body.stream_options
+        self._usage_at_end = bool(options and options.include_usage)
+        self._usage_always = self._usage_at_end and bool(options and options.continuous_usage_stats)
+
+    @abstractmethod
+    def whole(self) -> ResponseModel:
+        """The answer in one piece, once the generation has ended."""
+
+    @abstractmethod
+    def opening(self) -> list[bytes]:
+        """The events before the first delta."""
+
+    @abstractmethod
+    def delta(self, delta: Delta) -> list[bytes]:
+        """The events of one delta; none for one that shows nothing."""
+
+    @abstractmethod
+    def usage_event(self) -> bytes:
+        """The event without choices that carries the whole usage."""
+
+    def _usage(self) -> dict[str, Any]:
+        """The `usage` field of an event before the last: absent, null or the usage so far, as the client chose."""
+        if self._usage_always:
+            return {"usage": self.generation.usage}
+        return {"usage": None} if self._usage_at_end else {}
+
+    async def _events(self, first: Delta, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
+        for item in [*self.opening(), *self.delta(first)]:
+            yield item
+        async for delta in deltas:
+            for item in self.delta(delta):
+                yield item
+        if self._usage_at_end:
+            yield self.usage_event()
+        yield DONE
+
+    async def respond(self, request: Request, resources: AsyncExitStack, *, stream: bool) -> Response:
+        """Runs the generation and answers.
+
+        The response is started only after the engine's first output, so that a full queue or a dead engine is a status
+        and not an event. A client that leaves ends the generation. A stream takes `resources` along.
+        """
+        deltas = self.generation.deltas()
+        resources.push_async_callback(deltas.aclose)
+        first = await unless_disconnected(request, anext(deltas))
+        if stream:
+            return EventStream(self._events(first, deltas), resources.pop_all(), self.selection.headers)
+        await unless_disconnected(request, _exhaust(deltas))
+        return Response(self.whole().json_text(), media_type="application/json", headers=self.selection.headers)
+
+
+async def _exhaust(deltas: AsyncGenerator[Delta, None]) -> None:
+    """Runs to the end; the generation's choices keep what matters."""
+    async for _ in deltas:
+        pass

@@ -1,0 +1,228 @@
+"""`loramux serve`: puts a server together from its settings, runs it, and says when it can be talked to."""
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from loramux.adapters_store.base_spec import BaseSpec, base_spec_from_config
+from loramux.adapters_store.errors import StoreUnavailableError
+from loramux.adapters_store.limits import StoreLimits
+from loramux.adapters_store.store import AdapterStore
+from loramux.server.api.app import create_app
+from loramux.server.api.rendering import Renderer, TokenizerError
+from loramux.server.api.state import ServerState
+from loramux.server.demo.assets import DemoAdapter, demo_adapters, demo_base_path
+from loramux.server.engine.client import ProcessEngineClient
+from loramux.server.engine.protocol import EngineError
+from loramux.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+COPY_BYTES = 1 << 20
+KEEP_ALIVE_SECONDS = 75
+GRACE_SECONDS = 10
+
+
+class ServeError(Exception):
+    """The server cannot start; the message says why and what would help."""
+
+
+def find_model(settings: Settings) -> Path:
+    """The base model's directory: the demo's, a local one, or a download from the hub (resumed, cached, then offline).
+
+    Weights are fetched as safetensors only. Raises `ServeError`.
+    """
+    if settings.model is None:
+        path = demo_base_path()
+        if not (path / "config.json").is_file():
+            raise ServeError("the embedded demo is not part of this installation; pass --model")
+        return path
+    local = Path(settings.model).expanduser()
+    if local.exists():
+        if not (local / "config.json").is_file():
+            raise ServeError(f"--model {local} is no model directory: it has no config.json")
+        return local.resolve()
+    if local.is_absolute() or settings.model.startswith((".", "~")):
+        raise ServeError(f"--model {settings.model}: no such directory")
+    try:
+        return Path(snapshot_download(settings.model, revision=settings.revision, allow_patterns=MODEL_FILES))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ServeError(
+            f"--model {settings.model} is neither a directory nor to be had from the hub: {reason}"
+        ) from None
+
+
+def structure_of(spec: BaseSpec) -> str:
+    """Text that is equal for two bases exactly when the same adapters fit both."""
+    linears = {name: (s.in_features, s.out_features, s.transposed) for name, s in sorted(spec.linears.items())}
+    return json.dumps([spec.model_type, spec.architecture, spec.hidden_size, spec.num_layers, linears])
+
+
+def register(store: AdapterStore, adapters: Sequence[DemoAdapter]) -> None:
+    """Puts the demo's adapters into the store; those that are there already are left alone."""
+    for adapter in adapters:
+        with store.begin_upload() as upload:
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                sink = upload.open_file(file)
+                with (adapter.path / file).open("rb") as source:
+                    while piece := source.read(COPY_BYTES):
+                        sink.write(piece)
+                sink.close()
+            store.commit(upload, name=adapter.name, description=adapter.description, examples=list(adapter.examples))
+
+
+@dataclass(slots=True)
+class Parts:
+    """A server put together but not started; `demo` are the adapters that the embedded demo registered."""
+
+    state: ServerState
+    demo: list[DemoAdapter]
+
+
+def assemble(settings: Settings) -> Parts:
+    """Finds the model, opens its store, loads its tokenizer. The engine is made, not started. Raises `ServeError`."""
+    path = find_model(settings)
+    try:
+        spec = base_spec_from_config(path, name=settings.base_name)
+        renderer = Renderer.load(path, chat_template=settings.chat_template)
+    except (TokenizerError, ValueError, OSError) as error:
+        raise ServeError(str(error)) from error
+    root = settings.store_root(structure_of(spec))
+    limits = StoreLimits(max_upload_bytes=int(settings.adapter_max_bytes), max_adapters=settings.max_adapters)
+    try:
+        store = AdapterStore(root, spec, limits)
+    except (StoreUnavailableError, OSError) as error:
+        raise ServeError(f"--store-dir {settings.store_dir}: {error}") from error
+    demo = demo_adapters() if settings.model is None else []
+    register(store, demo)
+    state = ServerState.make(
+        settings,
+        ProcessEngineClient(settings.to_engine_config(str(path), str(store.blob_dir))),
+        store,
+        renderer,
+        vocab_size=spec.vocab_size,
+        model_created=int((path / "config.json").stat().st_mtime),
+    )
+    return Parts(state, demo)
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that drains the engine from the first signal on: running requests finish or end with an error event."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self._state = state
+        self._drain: asyncio.Task[None] | None = None
+        self.failure: str | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signal handler, on the loop's thread."""
+        super().handle_exit(sig, frame)
+        if self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(
+                self._state.stop(drain_seconds=self._state.settings.drain_seconds)
+            )
+
+    @property
+    def address(self) -> str:
+        """`http://host:port` as a client on this machine writes it."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        return f"http://{host}:{port}"
+
+    async def announce(self, write: Callable[[str], object], example: str) -> None:
+        """Waits until requests are served, then writes the address and a first request. Ends a server that cannot."""
+        while not self.started:
+            await asyncio.sleep(0.05)
+        try:
+            await self._state.engine.wait_ready()
+        except EngineError as error:
+            self.failure = str(error)
+            self.should_exit = True
+            return
+        gc.collect()
+        gc.freeze()  # what start-up made lives as long as the process: keep the collector out of it
+        write(greeting(self._state, self.address, example))
+
+
+def greeting(state: ServerState, address: str, adapter: str) -> str:
+    """What a newcomer needs: where the server is, and a request to paste. `adapter` may be empty."""
+    settings = state.settings
+    prompt = "Hello!"
+    field: dict[str, Any]
+    if adapter:
+        examples = state.store.resolve(adapter).examples
+        prompt = examples[0] if examples else prompt
+    if state.renderer.can_chat:
+        path, field = "chat/completions", {"messages": [{"role": "user", "content": prompt}]}
+    else:
+        path, field = "completions", {"prompt": prompt}
+    body = json.dumps({"model": adapter or settings.base_name, **field}, ensure_ascii=False).replace("'", "'\\''")
+    key = " -H 'authorization: Bearer '\"$LORAMUX_API_KEY\"" if settings.api_key else ""
+    return (
+        f"\nloramux serves {settings.base_name} on {address} (OpenAI API under {address}/v1)\n\n"
+        f"  curl {address}/v1/{path}{key} -H 'content-type: application/json' \\\n    -d '{body}'\n\n"
+        f"  loramux adapters push NAME DIRECTORY --url {address}\n"
+    )
+
+
+def configure_logging(level: str) -> None:
+    """One line per record on standard error."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True
+    )
+    for chatty in ("httpx", "httpcore", "huggingface_hub", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if level != "debug":
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def serve(settings: Settings) -> int:
+    """Serves until a signal. Returns the exit status; raises `ServeError` when it cannot start."""
+    configure_logging(settings.log_level)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # decided once: the library warns and guesses otherwise
+    parts = assemble(settings)
+    config = uvicorn.Config(
+        create_app(parts.state),
+        host=settings.host,
+        port=settings.port,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(settings.drain_seconds) + GRACE_SECONDS,
+    )
+    server = Server(config, parts.state)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    async def run() -> None:
+        example = parts.demo[0].name if parts.demo else ""
+        announcement = asyncio.create_task(server.announce(write, example))
+        try:
+            await server.serve()
+        finally:
+            announcement.cancel()
+
+    asyncio.run(run())
+    if server.failure is not None:
+        raise ServeError(server.failure)
+    return 0 if server.started else 1

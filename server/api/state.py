@@ -1,0 +1,173 @@
+"""What the routes share: one object per application, made at start and passed explicitly."""
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, ParamSpec, TypeVar
+
+from fastapi import Depends, Request
+
+from loramux.adapters_store.registry import AdapterVersion
+from loramux.adapters_store.store import AdapterStore
+from loramux.server.api.errors import unavailable
+from loramux.server.api.metrics import Metrics, StoreCounts
+from loramux.server.api.rendering import Renderer
+from loramux.server.engine.protocol import EngineClient, EngineInfo
+from loramux.server.settings import Settings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_KNOWN_DIGESTS = 4096
+PAGE = 500
+STORE_THREADS = 4
+UPLOAD_THREADS = 4
+START_RETRY_SECONDS = 5
+
+
+async def in_thread(executor: Executor, call: Callable[[], T]) -> T:
+    """Runs a blocking call; a cancelled caller waits until the call has ended, so that nothing runs on behind it."""
+    running = asyncio.get_running_loop().run_in_executor(executor, call)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        if not running.cancelled():
+            running.exception()  # nobody is left to hear of it
+        raise
+
+
+def all_adapters(store: AdapterStore) -> Iterator[AdapterVersion]:
+    """The newest version of every adapter, by name. Blocks."""
+    after: str | None = None
+    while True:
+        page = store.list(limit=PAGE, after=after)
+        yield from page.data
+        if not page.has_more:
+            return
+        after = page.data[-1].id
+
+
+def _blobs_on_disk(store: AdapterStore) -> StoreCounts:
+    """How many canonical files there are, and their bytes. Blocks."""
+    with os.scandir(store.blob_dir) as entries:
+        sizes = [entry.stat().st_size for entry in entries if entry.is_file()]
+    return StoreCounts(adapters=len(sizes), bytes=sum(sizes))
+
+
+class AdapterNames:
+    """The name behind a digest, for what is shown to people: the engine knows digests only. Bounded, newest kept."""
+
+    def __init__(self, limit: int = MAX_KNOWN_DIGESTS) -> None:
+        self._limit = limit
+        self._names: OrderedDict[str, str] = OrderedDict()
+
+    def learn(self, version: AdapterVersion) -> None:
+        """Called whenever a digest may reach the engine."""
+        self._names[version.digest] = version.name
+        self._names.move_to_end(version.digest)
+        while len(self._names) > self._limit:
+            self._names.popitem(last=False)
+
+    def forget(self, digest: str) -> None:
+        """The digest belongs to no adapter any more."""
+        self._names.pop(digest, None)
+
+    def of(self, digest: str) -> str | None:
+        """The name, if it is known."""
+        return self._names.get(digest)
+
+
+@dataclass(slots=True)
+class ServerState:
+    """The parts of a running server.
+
+    `vocab_size` is the number of token ids the model knows, `model_created` the unix time that the base reports as
+    its creation. `pinned` maps names of adapters whose newest version stays on the device to the digest pinned now.
+    """
+
+    settings: Settings
+    engine: EngineClient
+    store: AdapterStore
+    renderer: Renderer
+    metrics: Metrics
+    names: AdapterNames
+    vocab_size: int
+    model_created: int
+    store_threads: ThreadPoolExecutor
+    upload_threads: ThreadPoolExecutor
+    pinned: dict[str, str] = field(default_factory=dict)
+    _stopping: asyncio.Task[None] | None = None
+
+    @classmethod
+    def make(
+        cls,
+        settings: Settings,
+        engine: EngineClient,
+        store: AdapterStore,
+        renderer: Renderer,
+        *,
+        vocab_size: int,
+        model_created: int,
+    ) -> "ServerState":
+        """The state of one application."""
+        names = AdapterNames()
+        metrics = Metrics(
+            engine, model_name=settings.base_name, max_adapters=settings.metrics_max_adapters, name_of=names.of
+        )
+        return cls(
+            settings=settings,
+            engine=engine,
+            store=store,
+            renderer=renderer,
+            metrics=metrics,
+            names=names,
+            vocab_size=vocab_size,
+            model_created=model_created,
+            store_threads=ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store"),
+            upload_threads=ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="upload"),
+        )
+
+    async def in_store(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a blocking call of the store in one of its threads."""
+        return await in_thread(self.store_threads, lambda: call(*args, **kwargs))
+
+    def require_engine(self) -> EngineInfo:
+        """The engine's constants. Raises a 503 unless requests are served right now."""
+        state = self.engine.state
+        if state == "ready":
+            return self.engine.info
+        words = {
+            "starting": "The model is still being loaded.",
+            "draining": "The server is shutting down.",
+            "dead": "The engine is not running; it is being restarted.",
+        }
+        raise unavailable(words[state], code=f"engine_{state}", retry_after=START_RETRY_SECONDS)
+
+    async def count_store(self) -> None:
+        """Refreshes what the metrics say of the store."""
+        self.metrics.store = await self.in_store(_blobs_on_disk, self.store)
+
+    async def stop(self, *, drain_seconds: float) -> None:
+        """Stops the engine, giving running requests that long. A second call waits for the first."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self.engine.stop(drain_seconds=drain_seconds))
+        await asyncio.shield(self._stopping)
+
+    def close(self) -> None:
+        """Ends the threads and closes the store; nothing may use the state afterwards."""
+        self.store_threads.shutdown(wait=True)
+        self.upload_threads.shutdown(wait=True)
+        self.store.close()
+
+
+async def _state_of(request: Request) -> ServerState:
+    """The application's state."""
+    state: ServerState = request.app.state.server
+    return state
+
+
+State = Annotated[ServerState, Depends(_state_of)]
