@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 _MAX_STATES = 4_000
+_STEPS_PER_STATE = 20
 _MAX_REPEAT = 200
 _MAX_KEY_CHARS = 1_000
 _MAX_DEPTH = 20
@@ -55,12 +56,13 @@ class _State:
 class Pattern:
     """One key. `matches(module)` says whether PEFT would apply the key to that module."""
 
-    def __init__(self, key: str) -> None:
-        """Raises `PatternError` for what is not understood."""
+    def __init__(self, key: str, budget: Budget) -> None:
+        """Raises `PatternError` for what is not understood; every state costs, as it takes memory."""
         self.key = key
         self._literal = key.replace("\\.", "\0") if _LITERAL.fullmatch(key) else None
         if self._literal is None:
             self._states, self._start, self._final = _Compiler(key).compile()
+            budget.spend(_STEPS_PER_STATE * len(self._states))
 
     def matches(self, module: str, budget: Budget) -> bool:
         """Whether `(.*\\.)?(key)$` matches the module path."""

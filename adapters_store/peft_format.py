@@ -328,7 +328,7 @@ def _alphas(modules: Iterable[str], config: PeftLoraConfig, limits: StoreLimits)
     try:
         patterns: list[Pattern] = []
         for key in config.alpha_pattern:
-            patterns.append(Pattern(key))
+            patterns.append(Pattern(key, budget))
         for module in modules:
             alphas[module] = config.alpha
             for pattern in patterns:
@@ -356,11 +356,20 @@ def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
 
 def _missed_targets(config: PeftLoraConfig, modules: Mapping[str, int]) -> list[str]:
     """Listed targets that no tensor belongs to (a typo, or layers that were left out)."""
-    missed = [t for t in config.targets or () if not any(m == t or m.endswith(f".{t}") for m in modules)]
+    endings = {ending for module in modules for ending in _endings(module)}
+    missed = [target for target in config.targets or () if target not in endings]
     if not missed:
         return []
     shown = ", ".join(repr(shorten(target, 60)) for target in missed[:10])
     return [f"target_modules that no tensor belongs to, so they were not trained: {shown}"]
+
+
+def _endings(module: str) -> Iterator[str]:
+    """The module's path and every shorter one that starts after a dot: what PEFT compares listed targets with."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
 
 
 def _other_base(config: PeftLoraConfig, base: BaseSpec) -> list[str]:

@@ -1,6 +1,7 @@
 """`TorchLoraBackend`: the segmented LoRA term in a few batched products per site, on any device.
 
-Each site runs one shrink and one expand per group of entries (`torch_plan`) over the active banks (`torch_bank`):
+Each site runs one shrink and one expand per group of entries (`torch_plan`) over the active banks (`torch_bank`), and
+one per long range of tokens over the adapter's own tensors:
 
     h[m, t, R] = x[m, t, in] A[m, R, in]^T,   h *= s w (float32),   out[m, t, g] += h[m, t, r] B[m, r, g]
 
@@ -42,11 +43,12 @@ class _Adapter:
         return max(self.ranks.values())
 
 
-class _Step:
+class _GroupStep:
     """One group at one site: views of the bank that are made once per plan, and the products over them."""
 
     def __init__(self, bank: Bank, group: Group) -> None:
-        self._bank, self._group = bank, group
+        # The tensors, not the bank: a later plan may move the bank's rows to new tensors while this one is in use.
+        self._A, self._B, self._scale, self._group = bank.A, tuple(bank.B), bank.scale, group
         self._runs = tuple(zip(bank.runs, bank.spread, range(len(bank.runs)), strict=True))
         only = bank.runs[0]
         self._direct = (
@@ -60,14 +62,14 @@ class _Step:
         self._kept = self._weights() if group.rows.index is None else None
 
     def _weights(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        group, bank = self._group, self._bank
-        scale = group.rows.take(bank.scale).unsqueeze(1)
+        group = self._group
+        scale = group.rows.take(self._scale).unsqueeze(1)
         if group.weights is not None:
             scale = scale * group.weights
-        A = group.rows.take(bank.A).transpose(1, 2)
+        A = group.rows.take(self._A).transpose(1, 2)
         B = [
             group.rows.take(stacked).view(group.count * run.num_chunks, run.rank, run.width)
-            for run, stacked in zip(bank.runs, bank.B, strict=True)
+            for (run, _, _), stacked in zip(self._runs, self._B, strict=True)
         ]
         return A, scale, B
 
@@ -108,12 +110,34 @@ class _Step:
                 out.index_add_(0, tokens.index, term)
 
 
+class _LongStep:
+    """The ranges of one long entry at one site; s w multiplies the expand's float32 accumulator."""
+
+    def __init__(self, site: Site, tensors: SiteTensors, ranges: Sequence[tuple[int, int, float]]) -> None:
+        self._ranges = ranges
+        self._A = tensors.A.T
+        self._parts: list[tuple[slice, slice, Tensor, float]] = []
+        rank = 0
+        for number, B in sorted(tensors.B.items()):
+            column = sum(part.out_features for part in site.slices[:number])
+            outputs = slice(column, column + site.slices[number].out_features)
+            self._parts.append((slice(rank, rank + len(B)), outputs, B, tensors.scales[number]))
+            rank += len(B)
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        for start, end, weight in self._ranges:
+            h = x[start:end] @ self._A
+            target = out[start:end]
+            for ranks, outputs, B, scale in self._parts:
+                target[:, outputs].addmm_(h[:, ranks], B, alpha=scale * weight)
+
+
 class TorchLoraPlan:
     """The steps of every site that the plan's adapters touch. Made by `TorchLoraBackend.plan`."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self.steps: dict[int, list[_Step]] = {}
+        self.steps: dict[int, list[_GroupStep | _LongStep]] = {}
         self.rows: list[tuple[Bank, int, frozenset[int]]] = []
         self.slots: frozenset[int] = frozenset()
 
@@ -292,12 +316,11 @@ class TorchLoraBackend:
 
     def _build(self, segments: Sequence[Segment], num_tokens: int) -> TorchLoraPlan:
         entries = make_entries(segments)
-        chosen: list[tuple[tuple[int, Signature], list[int]]] = []
         by_key: dict[tuple[int, Signature], list[int]] = {}
-        for slot in entries:
-            for key in self._adapter(slot).signatures.items():
-                by_key.setdefault(key, []).append(slot)
-        chosen = sorted(by_key.items())
+        for slot, entry in entries.items():
+            if not entry.is_long:
+                for key in self._adapter(slot).signatures.items():
+                    by_key.setdefault(key, []).append(slot)
         busy: dict[Bank, set[int]] = {}
         for recent in self._plans.values():
             for bank, generation, rows in recent.rows:
@@ -305,7 +328,7 @@ class TorchLoraBackend:
                     busy.setdefault(bank, set()).update(rows)
         patterns: dict[tuple[tuple[int, int], ...], Pattern] = {}
         made: list[tuple[Bank, list[int], Pattern]] = []
-        for key, slots in chosen:
+        for key, slots in sorted(by_key.items()):
             bank = self._place(key, slots, busy)
             made.append((bank, slots, self._pattern(patterns, bank, slots, entries)))
         self._scattered = self._scattered + 1 if any(pattern.scattered for _, _, pattern in made) else 0
@@ -319,7 +342,12 @@ class TorchLoraBackend:
         plan.slots = frozenset(entries)
         for bank, slots, pattern in made:
             plan.rows.append((bank, bank.generation, frozenset(bank.row_of[slot] for slot in slots)))
-            plan.steps.setdefault(bank.site.index, []).extend(_Step(bank, group) for group in pattern.groups)
+            plan.steps.setdefault(bank.site.index, []).extend(_GroupStep(bank, group) for group in pattern.groups)
+        for slot, entry in entries.items():
+            if entry.is_long:
+                for number, tensors in self._adapter(slot).sites.items():
+                    step = _LongStep(self.sites[number], tensors, entry.ranges)
+                    plan.steps.setdefault(number, []).append(step)
         return plan
 
     def _pattern(

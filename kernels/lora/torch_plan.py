@@ -1,11 +1,12 @@
 """How the batched products of a step are laid out: built once per plan, used at every site.
 
-Every slot of a step is one entry: all tokens of the step that use it, with a weight per token. Entries whose adapters
-share a bank are put into groups of similar token counts, one batched product each:
+Every slot of a step is one entry: all tokens of the step that use it, with a weight per token. An entry of long ranges
+(prefill) is a large product by itself: it runs straight from the adapter's own tensors into the output, range by range.
+The other entries whose adapters share a bank are put into groups of similar token counts, one batched product each:
 
 - a *view* group runs over the bank's rows [lo, hi) in place; rows in between that have no entry are computed and
   thrown away;
-- a *gather* group copies its entries' rows first, which long entries do not notice.
+- a *gather* group copies its entries' rows first, where fewer bytes are moved that way.
 
 A pattern (the groups of some entries on some rows) depends on row numbers only, so all sites where the same adapters
 sit on the same rows share it, index tensors included.
@@ -35,9 +36,15 @@ class Entry:
     """
 
     slot: int
+    ranges: tuple[tuple[int, int, float], ...]
     tokens: np.ndarray
     weights: np.ndarray
     levels: np.ndarray
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the ranges, (start, end, weight) each, are long enough to be products of their own."""
+        return len(self.tokens) > SHORT * len(self.ranges)
 
 
 def make_entries(segments: Sequence[Segment]) -> dict[int, Entry]:
@@ -54,6 +61,7 @@ def make_entries(segments: Sequence[Segment]) -> dict[int, Entry]:
         lengths = [end - start for start, end, _, _ in ranges]
         entries[slot] = Entry(
             slot,
+            tuple((start, end, weight) for start, end, weight, _ in ranges),
             np.concatenate([np.arange(start, end) for start, end, _, _ in ranges]),
             np.repeat(np.array([weight for _, _, weight, _ in ranges], dtype=np.float32), lengths),
             np.repeat(np.array([level for _, _, _, level in ranges]), lengths),

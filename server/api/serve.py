@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,8 +131,12 @@ class Server(uvicorn.Server):
         self.failure: str | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by the signal handler, on the loop's thread."""
-        super().handle_exit(sig, frame)
+        """Called by the signal handler, on the loop's thread. A second Ctrl-C ends at once.
+
+        Unlike uvicorn's own, it does not raise the signal again at the end: a drained server exits with 0.
+        """
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
         if self._drain is None:
             self._drain = asyncio.get_running_loop().create_task(
                 self._state.stop(drain_seconds=self._state.settings.drain_seconds)
@@ -221,6 +226,7 @@ def serve(settings: Settings) -> int:
             await server.serve()
         finally:
             announcement.cancel()
+            gc.unfreeze()
 
     asyncio.run(run())
     if server.failure is not None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -370,3 +372,13 @@ def test_a_slow_copy_does_not_hold_up_the_adapters_that_are_there(make: Make) ->
     assert rig.tier.acquire([b]) is None
     rig.backend.blocked.set()
     rig.get(b)
+
+
+def test_the_tiers_bring_no_database_and_no_http() -> None:
+    program = (
+        "import sys; import loramux.adapters_store.device;"
+        "names = ('sqlite3', 'fastapi', 'starlette', 'transformers', 'loramux.adapters_store.registry');"
+        "sys.exit(', '.join(n for n in names if n in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -310,6 +310,15 @@ def test_expression_bombs_in_alpha_pattern_end(tmp_path: Path, key: str) -> None
     assert found in (["q_proj", "v_proj"], ["unsupported_pattern", "adapter_config.json:alpha_pattern"])
 
 
+def test_long_lists_in_the_configuration_are_read_in_one_pass(tmp_path: Path) -> None:
+    names = [f"x{i}" for i in range(50_000)]
+    assert "'x0'" in plan(tmp_path, lora(), config(target_modules=names)).warnings[0]
+    patterns = dict.fromkeys(names[:20_000], 1.0)
+    assert plan(tmp_path, lora(), config(alpha_pattern=patterns)).ranks == (4,)
+    with pytest.raises(UnsupportedAdapter, match="too long"):
+        plan(tmp_path, lora(), config(alpha_pattern={f"({i})": 1.0 for i in range(60_000)}))
+
+
 def test_many_alpha_patterns_are_bounded_together(tmp_path: Path) -> None:
     patterns = {f"(.*.*)*{i}": 1.0 for i in range(2000)}
     with pytest.raises(UnsupportedAdapter, match="too long"):

@@ -11,7 +11,7 @@ import pytest
 
 from loramux.adapters_store import store as store_module
 
-POINTS = 60
+POINTS = 32
 OPERATIONS = ("new version", "new name", "same content", "delete")
 Runs = dict[str, list[dict[str, Any]]]
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,8 +57,8 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-Step = Sequence[int] | EngineOutput | Exception | Awaitable[Any]
-Script = Callable[[EngineRequest], list[Step]]
+Step = Sequence[int] | float | EngineOutput | Exception | Awaitable[Any]
+Script = Callable[[EngineRequest], Iterable[Step]]
 
 
 def saying(text: str | bytes, *, per_step: int = 1, end: bool = True) -> Script:
@@ -122,7 +122,9 @@ class FakeEngine:
         finished = False
         try:
             for step in self.script(request):
-                await asyncio.sleep(0)
+                await asyncio.sleep(step if isinstance(step, float) else 0)
+                if isinstance(step, float):
+                    continue
                 if isinstance(step, Exception):
                     finished = True
                     raise step
@@ -133,7 +135,7 @@ class FakeEngine:
                 if isinstance(step, Awaitable):
                     await step
                     continue
-                output = self._output(request, list(step)[:left])
+                output = self._output(request, list(step)[:left], left)
                 left -= len(output.token_ids)
                 finished = output.finish_reason is not None
                 yield output
@@ -144,17 +146,13 @@ class FakeEngine:
             if not finished:
                 self.aborted.append(request.request_id)
 
-    def _output(self, request: EngineRequest, tokens: list[int]) -> EngineOutput:
+    def _output(self, request: EngineRequest, tokens: list[int], left: int) -> EngineOutput:
         sampling = request.sampling
         made = EngineOutput(request.request_id, tuple(tokens), cached_tokens=self.cached_tokens)
         ends = tokens and (tokens[-1] in sampling.stop_token_ids or (tokens[-1] == END and not sampling.ignore_eos))
         if ends:
             return replace(made, finish_reason="stop", stop_token_id=tokens[-1])
-        self._sent = getattr(self, "_sent", {})
-        self._sent[request.request_id] = self._sent.get(request.request_id, 0) + len(tokens)
-        if self._sent[request.request_id] >= sampling.max_tokens:
-            return replace(made, finish_reason="length")
-        return made
+        return replace(made, finish_reason="length") if len(tokens) >= left else made
 
     async def forget_adapter(self, digest: str) -> None:
         self.forgotten.append(digest)
@@ -222,9 +220,7 @@ class Bench:
 
     async def upload(self, name: str, seed: int = 0, **fields: str) -> httpx.Response:
         """One upload over HTTP."""
-        return await self.client.post(
-            "/v1/adapters", data={"name": name, **fields}, files=parts(adapter_files(seed))
-        )
+        return await self.client.post("/v1/adapters", data={"name": name, **fields}, files=parts(adapter_files(seed)))
 
     def leases(self) -> dict[str, int]:
         """The leases that are held; those of requests that just ended are waited for."""

@@ -32,7 +32,9 @@ async def test_every_route_is_on_one_list(make) -> None:
             assert (response.status_code == 401) == (path in PROTECTED), (method, path)
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", "/health/", "//health", "/health/../v1/models", "/v1", "/Health", "/ready%2f"])
+@pytest.mark.parametrize(
+    "path", ["/", "/nothing", "/health/", "//health", "/health/../v1/models", "/v1", "/Health", "/ready%2f"]
+)
 async def test_unknown_paths_need_a_key(make, path: str) -> None:
     bench = await make(api_key=KEYS)
     assert (await bench.client.get(path)).status_code == 401

@@ -1,7 +1,7 @@
 """What is scraped: the gateway's names, histograms, and per-adapter series with a bound."""
 
 import pytest
-from api.harness import BASE, Bench, saying
+from api.harness import BASE, Bench, in_process, make_bench, saying
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -131,7 +131,9 @@ async def test_label_sets_are_bounded_and_cleaned(make) -> None:
 async def lora_info(bench: Bench) -> tuple[list[str], list[str]]:
     (labels,) = (await scrape(bench)).labels("vllm:lora_requests_info")
     assert labels["max_lora"] == "8"
-    split = [labels[key].split(",") if labels[key] else [] for key in ("running_lora_adapters", "waiting_lora_adapters")]
+    split = [
+        labels[key].split(",") if labels[key] else [] for key in ("running_lora_adapters", "waiting_lora_adapters")
+    ]
     return split[0], split[1]
 
 
@@ -194,8 +196,6 @@ async def test_content_negotiation(bench: Bench) -> None:
 
 
 async def test_registries_are_apart(make, tmp_path) -> None:
-    from api.harness import in_process, make_bench
-
     bench = await make()
     await bench.chat()
     async with in_process(make_bench(tmp_path / "second")) as other:

@@ -12,7 +12,9 @@ async def test_request_ids(bench: Bench) -> None:
     given = await bench.client.get("/health", headers={"x-request-id": "abc-1.2_3"})
     assert given.headers["x-request-id"] == "abc-1.2_3"
     for bad in ("a b", "x" * 65, "", "é".encode().decode("latin-1"), 'a"b', "%0a"):
-        made = (await bench.client.get("/health", headers={b"x-request-id": bad.encode("latin-1")})).headers["x-request-id"]
+        made = (await bench.client.get("/health", headers={b"x-request-id": bad.encode("latin-1")})).headers[
+            "x-request-id"
+        ]
         assert len(made) == 32
     assert len((await bench.client.get("/nothing")).headers["x-request-id"]) == 32
 

@@ -66,7 +66,9 @@ async def test_retry_after_of_a_full_queue(bench: Bench) -> None:
     assert (await bench.chat()).headers["retry-after"] == "3"
 
 
-@pytest.mark.parametrize(("failure", "status", "code", "retry"), [*FAILURES, (RuntimeError("/x"), 0, "internal_error", "")])
+@pytest.mark.parametrize(
+    ("failure", "status", "code", "retry"), [*FAILURES, (RuntimeError("/x"), 0, "internal_error", "")]
+)
 @pytest.mark.parametrize("endpoint", ["chat", "complete"])
 async def test_failure_in_mid_stream(
     bench: Bench, endpoint: str, failure: Exception, status: int, code: str, retry: str

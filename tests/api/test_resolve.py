@@ -31,7 +31,9 @@ async def test_stream_says_what_serves_it(bench: Bench) -> None:
     assert {event["model"] for event in events[:-1]} == {"skill"}
 
 
-@pytest.mark.parametrize("model", ["nope", "skill@9", "skill@0", "skill@", "skill@x", "@1", "../skill", "Skill", "x" * 300, BASE + "x"])
+@pytest.mark.parametrize(
+    "model", ["nope", "skill@9", "skill@0", "skill@", "skill@x", "@1", "../skill", "Skill", "x" * 300, BASE + "x"]
+)
 async def test_unknown_names(bench: Bench, model: str) -> None:
     bench.put("skill")
     response = await bench.chat(model=model)

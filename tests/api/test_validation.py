@@ -26,11 +26,13 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
     ("field", "value"),
     [
         ("n", 2), ("best_of", 2), ("logprobs", True), ("top_logprobs", 1), ("presence_penalty", 0.5),
-        ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}), ("tools", [{"type": "function"}]),
+        ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}),
+        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"), ("functions", [{}]), ("function_call", {"name": "f"}),
         ("response_format", {"type": "json_object"}), ("modalities", ["text", "audio"]), ("audio", {"voice": "a"}),
         ("prediction", {"type": "content"}), ("prompt_logprobs", 1), ("guided_json", {}), ("guided_regex", "a"),
-        ("guided_choice", ["a"]), ("guided_grammar", "g"), ("structured_outputs", {"regex": "a"}), ("reasoning_effort", "low"),
+        ("guided_choice", ["a"]), ("guided_grammar", "g"), ("structured_outputs", {"regex": "a"}),
+        ("reasoning_effort", "low"),
         ("web_search_options", {}), ("use_beam_search", True), ("length_penalty", 2), ("bad_words", ["a"]),
         ("allowed_token_ids", [1]), ("truncate_prompt_tokens", 5), ("chat_template", "x"), ("documents", [{}]),
         ("continue_final_message", True), ("add_generation_prompt", False),
@@ -43,7 +45,9 @@ async def test_what_is_not_supported_is_named(bench: Bench, field: str, value: A
     assert not bench.engine.requests
 
 
-@pytest.mark.parametrize(("field", "value"), [("echo", True), ("suffix", "x"), ("logprobs", 0), ("best_of", 3), ("n", 2)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("echo", True), ("suffix", "x"), ("logprobs", 0), ("best_of", 3), ("n", 2)]
+)
 async def test_completions_refuse_by_name_too(bench: Bench, field: str, value: Any) -> None:
     assert error_of(await bench.complete(**{field: value}))["param"] == field
 
@@ -51,7 +55,8 @@ async def test_completions_refuse_by_name_too(bench: Bench, field: str, value: A
 @pytest.mark.parametrize(
     ("field", "value", "param"),
     [
-        ("temperature", 2.1, "temperature"), ("temperature", -0.1, "temperature"), ("temperature", "hot", "temperature"),
+        ("temperature", 2.1, "temperature"), ("temperature", -0.1, "temperature"),
+        ("temperature", "hot", "temperature"),
         ("temperature", True, "temperature"), ("top_p", 1.5, "top_p"), ("top_k", -2, "top_k"), ("top_k", 1.5, "top_k"),
         ("min_p", 2, "min_p"), ("seed", 1 << 63, "seed"), ("seed", "1", "seed"), ("max_tokens", 0, "max_tokens"),
         ("max_tokens", True, "max_tokens"), ("max_completion_tokens", -1, "max_completion_tokens"),
@@ -126,7 +131,7 @@ async def test_bodies_that_are_no_request(bench: Bench, path: str, content: byte
 @pytest.mark.parametrize("text", ["\\ud800", "a\\udfff"])
 async def test_text_that_is_not_unicode(bench: Bench, text: str) -> None:
     headers = {"content-type": "application/json"}
-    chat = '{"model": "%s", "messages": [{"role": "user", "content": "%s"}]}' % (BASE, text)
+    chat = f'{{"model": "{BASE}", "messages": [{{"role": "user", "content": "{text}"}}]}}'
     error_of(await bench.client.post("/v1/chat/completions", content=chat, headers=headers))
     for prompt in (f'"{text}"', f'["{text}"]'):
         body = f'{{"model": "{BASE}", "prompt": {prompt}}}'

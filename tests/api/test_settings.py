@@ -1,0 +1,140 @@
+"""Settings: flags, variables, sizes, and messages a person can act on."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from loramux.server.settings import Settings, SettingsError, add_arguments, flag_of, load_settings, variable_of
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(variable_of(name), raising=False)
+
+
+def parse(*flags: str) -> Settings:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return load_settings(vars(parser.parse_args(flags)))
+
+
+def test_defaults_are_valid() -> None:
+    settings = parse()
+    assert settings.model is None
+    assert settings.base_name == "loramux-demo"
+    assert settings.api_key == ()
+
+
+SAMPLES = {
+    "model": ("org/name", "org/name"), "revision": None, "served_model_name": ("a/b", "a/b"), "chat_template": None,
+    "host": ("0.0.0.0", "0.0.0.0"), "port": ("0", 0), "api_key": None, "max_request_bytes": ("2MiB", 2 << 20),
+    "body_timeout_seconds": ("2.5", 2.5), "drain_seconds": ("0", 0.0), "log_level": ("debug", "debug"),
+    "metrics_max_adapters": ("3", 3), "dtype": ("bfloat16", "bfloat16"), "device": ("cuda:1", "cuda:1"),
+    "threads": ("2", 2), "max_model_len": ("512", 512), "max_num_seqs": ("4", 4), "max_batched_tokens": ("128", 128),
+    "max_queue": ("9", 9), "block_size": ("32", 32), "kv_cache_bytes": ("1GiB", 1 << 30),
+    "enable_prefix_caching": ("false", False), "device_adapter_bytes": ("64MB", 64_000_000),
+    "host_adapter_bytes": ("5000", 5000), "max_adapters_per_set": ("2", 2), "packed_projections": ("0", False),
+    "store_dir": ("/tmp/x", Path("/tmp/x")), "adapter_max_bytes": ("1GiB", 1 << 30), "max_adapters": ("5", 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(Settings.model_fields))
+def test_every_setting_has_a_flag_and_a_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = SAMPLES[name]
+    if sample is None:
+        return
+    text, value = sample
+    if isinstance(value, bool):
+        assert getattr(parse("--no-" + flag_of(name)[2:]), name) is value
+    else:
+        assert getattr(parse(flag_of(name), text), name) == value
+    monkeypatch.setenv(variable_of(name), text)
+    assert getattr(parse(), name) == value
+
+
+def test_a_flag_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAMUX_PORT", "1")
+    assert parse("--port", "2").port == 2
+
+
+def test_empty_variables_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MODEL", "API_KEY", "THREADS", "SERVED_MODEL_NAME", "CHAT_TEMPLATE"):
+        monkeypatch.setenv(f"LORAMUX_{name}", "")
+    settings = parse()
+    assert (settings.model, settings.api_key, settings.threads) == (None, (), None)
+
+
+def test_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = parse("--api-key", "a", "--api-key", "b, c")
+    assert [key.get_secret_value() for key in settings.api_key] == ["a", "b", "c"]
+    monkeypatch.setenv("LORAMUX_API_KEY", "x,y")
+    assert [key.get_secret_value() for key in parse().api_key] == ["x", "y"]
+    assert "'x'" not in repr(parse())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("port", "70000"), ("port", "http"), ("dtype", "int4"), ("device", "gpu"), ("max_model_len", "0"),
+        ("max_num_seqs", "-1"), ("kv_cache_bytes", "2 elephants"), ("host_adapter_bytes", "0"), ("log_level", "loud"),
+        ("body_timeout_seconds", "nan"), ("drain_seconds", "inf"), ("chat_template", "/no/such/file"),
+        ("served_model_name", "auto"), ("served_model_name", "a b"), ("enable_prefix_caching", "maybe"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable_of(name), text)
+    with pytest.raises(SettingsError) as caught:
+        parse()
+    assert flag_of(name) in str(caught.value)
+    assert variable_of(name) in str(caught.value)
+
+
+def test_mistakes_between_settings() -> None:
+    with pytest.raises(SettingsError, match="--max-batched-tokens"):
+        parse("--max-batched-tokens", "8", "--max-num-seqs", "16")
+    with pytest.raises(SettingsError, match="--model"):
+        parse("--revision", "main")
+
+
+def test_names(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert parse("--model", str(folder)).base_name == "my-model"
+    assert parse("--model", "Qwen/Qwen3-0.6B").base_name == "Qwen/Qwen3-0.6B"
+    assert parse("--model", "Qwen/Qwen3-0.6B", "--served-model-name", "qwen").base_name == "qwen"
+
+
+def test_bases_do_not_share_a_store(tmp_path: Path) -> None:
+    a = parse("--model", "org/a", "--store-dir", str(tmp_path))
+    b = parse("--model", "org/b", "--store-dir", str(tmp_path))
+    roots = {
+        a.store_root("x"),
+        a.store_root("y"),
+        b.store_root("x"),
+        parse("--store-dir", str(tmp_path)).store_root("x"),
+    }
+    assert len(roots) == 4
+    assert a.store_root("x") == a.store_root("x")
+    assert all(root.parent == tmp_path for root in roots)
+    odd = parse("--served-model-name", "a/../../b", "--store-dir", str(tmp_path)).store_root("x")
+    assert odd.parent == tmp_path
+
+
+def test_engine_config() -> None:
+    config = parse("--kv-cache-bytes", "1MiB", "--max-num-seqs", "3", "--no-packed-projections").to_engine_config(
+        "m", "b"
+    )
+    assert (config.model_path, config.blob_dir, config.kv_cache_bytes, config.max_num_seqs) == ("m", "b", 1 << 20, 3)
+    assert config.packed_projections is False
+    assert type(config.device_adapter_bytes) is int
+
+
+def test_help_names_every_variable() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    text = parser.format_help()
+    for name in Settings.model_fields:
+        assert flag_of(name) in text
+        assert variable_of(name) in text
