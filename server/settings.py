@@ -69,6 +69,12 @@ class Settings(BaseSettings):
     device_adapter_bytes: ByteSize = Field(ByteSize(GIB), gt=0, description="memory for adapters on the device")
     host_adapter_bytes: ByteSize = Field(ByteSize(4 * GIB), gt=0, description="memory for adapters on the host")
     max_adapters_per_set: int = Field(8, gt=0, description="adapters that one request may fuse")
+    max_set_rank: int = Field(512, gt=0, description="sum of the ranks of one request's adapters")
+    max_device_adapters: int = Field(1024, gt=0, description="adapters on the device at once, whatever their bytes")
+    lora_implementation: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="how adapters are computed (auto: triton on CUDA, torch elsewhere)"
+    )
+    decode_workspace: bool = Field(True, description="on a CPU, keep decoding sequences' keys and values contiguous")
     packed_projections: bool = Field(True, description="compute q, k, v and gate, up as one product each")
 
     store_dir: Path = Field(default_factory=default_store_dir, description="where uploaded adapters are kept")
@@ -153,6 +159,10 @@ class Settings(BaseSettings):
             host_adapter_bytes=int(self.host_adapter_bytes),
             max_adapters_per_set=self.max_adapters_per_set,
             enable_prefix_caching=self.enable_prefix_caching,
+            max_set_rank=self.max_set_rank,
+            max_device_adapters=self.max_device_adapters,
+            lora_implementation=None if self.lora_implementation == "auto" else self.lora_implementation,
+            decode_workspace=self.decode_workspace,
             packed_projections=self.packed_projections,
             max_queue=self.max_queue,
             threads=self.threads,

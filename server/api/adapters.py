@@ -1,9 +1,8 @@
 """`/v1/adapters`: upload, list, look at, change and delete adapters while the server runs."""
 
-import contextlib
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -11,6 +10,7 @@ from starlette.responses import Response
 
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.adapters_store.storage import Upload
+from loramux.server.api.errors import APIError
 from loramux.server.api.schemas.adapters import Adapter, AdapterDeleted, AdapterList, AdapterPatch, Tier
 from loramux.server.api.state import ServerState, State, in_thread
 from loramux.server.api.uploads import receive_form
@@ -20,6 +20,23 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 
 JSON = "application/json"
+UPLOAD_SCHEMA = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name", "files"],
+                "properties": {
+                    "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
+                    "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                    "description": {"type": "string"},
+                    "examples": {"type": "string", "description": "a JSON list of strings"},
+                },
+            }
+        }
+    },
+}
 
 
 class AdapterView:
@@ -57,23 +74,21 @@ class AdapterView:
 @asynccontextmanager
 async def _upload(state: ServerState) -> AsyncIterator[Upload]:
     """An upload of the store's, whose remains are removed at the end."""
-    upload = await in_thread(state.upload_threads, state.store.begin_upload)
+    folder = ExitStack()
     try:
-        await in_thread(state.upload_threads, upload.__enter__)
-        yield upload
+        yield await in_thread(state.upload_threads, lambda: folder.enter_context(state.store.begin_upload()))
     finally:
-        await in_thread(state.upload_threads, lambda: upload.__exit__(None, None, None))
+        await in_thread(state.upload_threads, folder.close)
 
 
-@router.post("/v1/adapters", response_model=Adapter, status_code=201)
+@router.post("/v1/adapters", response_model=Adapter, status_code=201, openapi_extra={"requestBody": UPLOAD_SCHEMA})
 async def create_adapter(request: Request, state: State) -> Response:
     """Takes an adapter as multipart/form-data: `name`, the two PEFT files as `files`, `description`, `examples`.
 
     201 for a new version, which new requests use at once; 200 when the newest version has this very content.
     """
     content_type = request.headers.get("content-type", "")
-    async with AsyncExitStack() as resources:
-        upload = await resources.enter_async_context(_upload(state))
+    async with _upload(state) as upload:
         form = await receive_form(request.stream(), content_type, upload.open_file, state.upload_threads)
         name, description, examples = form.name, form.description, form.examples
         result = await in_thread(
@@ -134,9 +149,7 @@ async def delete_adapter(name: str, state: State) -> Response:
     state.pinned.pop(name, None)
     state.metrics.forget_adapter(name)
     for digest in unreferenced:
-        with contextlib.suppress(EngineError):
-            await state.engine.forget_adapter(digest)
-        state.names.forget(digest)
+        await state.retire(digest)
     await state.count_store()
     gone = AdapterDeleted(id=version.id, object="adapter.deleted", name=name, deleted=True)
     return Response(gone.json_text(), media_type=JSON)
@@ -160,5 +173,5 @@ async def _repin(state: ServerState, version: AdapterVersion) -> None:
     """A pinned adapter has a new version: it takes the pin over. The upload has succeeded, whatever comes of it."""
     try:
         await _pin(state, version, True)
-    except (EngineError, Exception) as error:
+    except (EngineError, APIError) as error:
         logger.warning("the new version of pinned adapter %s is not pinned: %s", version.name, error)

@@ -64,16 +64,21 @@ class Answer(ABC):
     async def respond(self, request: Request, resources: AsyncExitStack, *, stream: bool) -> Response:
         """Runs the generation and answers.
 
-        The response is started only after the engine's first output, so that a full queue or a dead engine is a status
-        and not an event. A client that leaves ends the generation. A stream takes `resources` along.
+        A stream is started only after the engine's first output, so that a full queue or a dead engine is a status and
+        not an event. A client that leaves ends the generation. A stream takes `resources` along.
         """
         deltas = self.generation.deltas()
         resources.push_async_callback(deltas.aclose)
-        first = await unless_disconnected(request, anext(deltas))
         if stream:
+            first = await unless_disconnected(request, _first(deltas))
             return EventStream(self._events(first, deltas), resources.pop_all(), self.selection.headers)
         await unless_disconnected(request, _exhaust(deltas))
         return Response(self.whole().json_text(), media_type="application/json", headers=self.selection.headers)
+
+
+async def _first(deltas: AsyncGenerator[Delta, None]) -> Delta:
+    """The first delta; a generation has at least one, or raises."""
+    return await anext(deltas)
 
 
 async def _exhaust(deltas: AsyncGenerator[Delta, None]) -> None:

@@ -9,7 +9,7 @@ _KEY = "loramux"
 
 
 def attach(scope: Scope, *, id: str, arrived: float) -> None:
-    """Remembers the request's id and when it arrived (`time.perf_counter`, seconds)."""
+    """Remembers the request's id and when it arrived (`time.monotonic`, seconds)."""
     scope[_KEY] = {"id": id, "arrived": arrived}
 
 
@@ -24,5 +24,5 @@ def request_id(request: Request) -> str:
 
 
 def arrival(request: Request) -> float:
-    """When the request's head had arrived, in seconds of `time.perf_counter`."""
+    """When the request's head had arrived, in seconds of `time.monotonic`."""
     return float(_of(request)["arrived"])

@@ -77,7 +77,9 @@ def from_engine(error: EngineError) -> APIError:
         return unavailable("The server's queue is full.", code="queue_full", retry_after=error.retry_after)
     if isinstance(error, EngineDeadError):
         return unavailable(
-            "The engine is not running; it is being restarted.", code="engine_dead", retry_after=RESTART_RETRY_SECONDS
+            "The engine ended before it could answer; try again in a moment.",
+            code="engine_dead",
+            retry_after=RESTART_RETRY_SECONDS,
         )
     if isinstance(error, AdapterLoadError):
         return APIError(

@@ -172,7 +172,7 @@ class Generation:
     async def _run(self, choice: Choice) -> AsyncGenerator[Delta, None]:
         """One sequence. Whatever way it ends, it is counted once."""
         request = EngineRequest(
-            request_id=f"{self._request_id}-{choice.index}-{secrets.token_hex(4)}",  # clients may repeat their ids
+            request_id=f"{self._request_id}-{next(self._state.sequence_numbers)}",  # clients may repeat their ids
             prompt_token_ids=tuple(choice.prompt),
             sampling=self._sampling[choice.index],
             adapters=self._selection.refs,
@@ -185,8 +185,9 @@ class Generation:
                 text = _Text(self._state, self._body, choice, request.sampling.min_tokens)
                 async for output in outputs:
                     choice.cached_tokens = output.cached_tokens
+                    choice.times.scheduled = output.scheduled_at or choice.times.scheduled
                     if output.token_ids:
-                        choice.times.token(time.perf_counter())
+                        choice.times.token(time.monotonic())
                     if output.finish_reason in ("abort", "error"):
                         raise EngineDeadError(output.error or "the engine gave the request up")
                     yield text.take(output)

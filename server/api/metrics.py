@@ -76,9 +76,11 @@ class AdapterLabels:
 
 @dataclass(slots=True)
 class RequestTimes:
-    """When one sequence's tokens arrived, in seconds of `time.perf_counter`; `start` is the HTTP request's arrival."""
+    """When one sequence's tokens arrived, in seconds of `time.monotonic`; `start` is the HTTP request's arrival,
+    `scheduled` the engine's own reading of when it left the queue."""
 
     start: float
+    scheduled: float | None = None
     first: float | None = None
     last: float | None = None
     gaps: list[float] = field(default_factory=list)
@@ -118,6 +120,8 @@ class Metrics:
         self._itl = histogram("vllm:inter_token_latency_seconds", "Between tokens of one answer.", _GAP)
         self._tpot = histogram("vllm:request_time_per_output_token_seconds", "Mean per token after the first.", _GAP)
         self._e2e = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", _LATENCY)
+        self._queue = histogram("vllm:request_queue_time_seconds", "Arrival to first scheduled.", _LATENCY)
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "First scheduled to first token.", _LATENCY)
         self._decode = histogram("vllm:request_decode_time_seconds", "First to last token.", _LATENCY)
         self._prompt_sizes = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._answer_sizes = histogram("vllm:request_generation_tokens", "Tokens of an answer.", _TOKENS)
@@ -145,6 +149,9 @@ class Metrics:
         if times.first is not None and times.last is not None:
             self._ttft.observe(times.first - times.start)
             self._decode.observe(times.last - times.first)
+            if times.scheduled is not None:
+                self._queue.observe(times.scheduled - times.start)
+                self._prefill.observe(times.first - times.scheduled)
             for gap in times.gaps:
                 self._itl.observe(gap)
             if generated_tokens > 1:
@@ -154,7 +161,7 @@ class Metrics:
             self._prompt_sizes.observe(prompt_tokens)
             self._answer_sizes.observe(generated_tokens)
         if status != "rejected":
-            self._e2e.observe(time.perf_counter() - times.start)
+            self._e2e.observe(time.monotonic() - times.start)
             self._success.labels(**self._labels, finished_reason=status).inc()
         for name in names:
             label = self._adapters.of(name)

@@ -46,7 +46,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = time.perf_counter()
+        start = time.monotonic()
         given = header(scope, b"x-request-id")
         id = given.decode() if given is not None and _CLIENT_ID.fullmatch(given) else uuid.uuid4().hex
         attach(scope, id=id, arrived=start)
@@ -72,7 +72,7 @@ class RequestMiddleware:
             level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
             if access.isEnabledFor(level):
                 path = scope["path"][:200].encode("unicode_escape").decode()
-                seconds = time.perf_counter() - start
+                seconds = time.monotonic() - start
                 access.log(level, '"%s %s" %d %.3fs %s', scope["method"], path, status or 499, seconds, id)
 
 

@@ -120,11 +120,15 @@ async def select(state: ServerState, model: str, adapters: Sequence[AdapterWeigh
         yield Selection(model, ())
         return
     held: list[AdapterVersion] = []
+    used: list[AdapterVersion] = []
     try:
         await state.in_store(_lease_all, state, names, held)
         for version in held:
-            state.names.learn(version)
+            state.use(version)
+            used.append(version)
         weights = [1.0 if e.weight is None else e.weight for e in adapters] if adapters else [1.0]
         yield Selection(model, tuple(zip(held, weights, strict=True)))
     finally:
+        for version in used:
+            state.release(version)
         state.store_threads.submit(_release, state, held)  # not awaited: it must happen even when cancelled

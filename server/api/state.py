@@ -1,8 +1,10 @@
 """What the routes share: one object per application, made at start and passed explicitly."""
 
 import asyncio
+import contextlib
+import itertools
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from loramux.adapters_store.store import AdapterStore
 from loramux.server.api.errors import unavailable
 from loramux.server.api.metrics import Metrics, StoreCounts
 from loramux.server.api.rendering import Renderer
-from loramux.server.engine.protocol import EngineClient, EngineInfo
+from loramux.server.engine.protocol import EngineClient, EngineError, EngineInfo
 from loramux.server.settings import Settings
 
 P = ParamSpec("P")
@@ -100,6 +102,10 @@ class ServerState:
     store_threads: ThreadPoolExecutor
     upload_threads: ThreadPoolExecutor
     pinned: dict[str, str] = field(default_factory=dict)
+    sequence_numbers: Iterator[int] = field(default_factory=itertools.count)
+    _in_use: Counter[str] = field(default_factory=Counter)
+    _retired: set[str] = field(default_factory=set)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _stopping: asyncio.Task[None] | None = None
 
     @classmethod
@@ -146,6 +152,35 @@ class ServerState:
             "dead": "The engine is not running; it is being restarted.",
         }
         raise unavailable(words[state], code=f"engine_{state}", retry_after=START_RETRY_SECONDS)
+
+    def use(self, version: AdapterVersion) -> None:
+        """A request is about to bring this content to the engine."""
+        self.names.learn(version)
+        self._in_use[version.digest] += 1
+
+    def release(self, version: AdapterVersion) -> None:
+        """The request has ended. Content that was deleted meanwhile leaves the engine with its last request."""
+        digest = version.digest
+        self._in_use[digest] -= 1
+        if self._in_use[digest]:
+            return
+        del self._in_use[digest]
+        if digest in self._retired:
+            self._retired.discard(digest)
+            task = asyncio.create_task(self._forget(digest))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def retire(self, digest: str) -> None:
+        """No adapter has this content any more: the engine frees it, again after requests that were on their way."""
+        self.names.forget(digest)
+        if digest in self._in_use:
+            self._retired.add(digest)
+        await self._forget(digest)
+
+    async def _forget(self, digest: str) -> None:
+        with contextlib.suppress(EngineError):  # an engine that is down has nothing to free
+            await self.engine.forget_adapter(digest)
 
     async def count_store(self) -> None:
         """Refreshes what the metrics say of the store."""

@@ -130,6 +130,7 @@ def main(commands: str, reports: str) -> int:
         EngineLoop(core, end).run()
     finally:
         core.close()
+        gc.unfreeze()  # so that extension modules see their objects freed before they are unloaded
     end.close()
     return 0
 

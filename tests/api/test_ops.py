@@ -21,6 +21,16 @@ async def test_probes(bench: Bench) -> None:
     assert (await bench.client.get("/version")).json() == {"version": __version__}
 
 
+async def test_openapi_document(bench: Bench) -> None:
+    document = (await bench.client.get("/openapi.json")).json()
+    chat = document["components"]["schemas"]["ChatRequest"]
+    assert {"model", "messages"} <= set(chat["required"])
+    assert chat["additionalProperties"] is False
+    upload = document["paths"]["/v1/adapters"]["post"]["requestBody"]["content"]["multipart/form-data"]
+    assert upload["schema"]["required"] == ["name", "files"]
+    assert document["paths"]["/v1/completions"]["post"]
+
+
 @pytest.mark.parametrize("state", ["starting", "draining", "dead"])
 async def test_while_the_engine_does_not_serve(bench: Bench, state: str) -> None:
     bench.engine.state = state

@@ -112,6 +112,7 @@ async def test_a_request_keeps_its_version(bench: Bench, stream: bool) -> None:
     assert response.status_code == 200
     assert response.headers["x-loramux-adapters"] == "skill@1;w=1"
     assert bench.leases() == {}
+    assert bench.engine.forgotten == [old.digest, old.digest]  # at once, and when its last request ended
     assert blobs[0] not in list(bench.store.blob_dir.iterdir())
 
 
