@@ -36,6 +36,8 @@ SAMPLES = {
     "max_queue": ("9", 9), "block_size": ("32", 32), "kv_cache_bytes": ("1GiB", 1 << 30),
     "enable_prefix_caching": ("false", False), "device_adapter_bytes": ("64MB", 64_000_000),
     "host_adapter_bytes": ("5000", 5000), "max_adapters_per_set": ("2", 2), "packed_projections": ("0", False),
+    "max_set_rank": ("64", 64), "max_device_adapters": ("7", 7), "lora_implementation": ("torch", "torch"),
+    "decode_workspace": ("no", False),
     "store_dir": ("/tmp/x", Path("/tmp/x")), "adapter_max_bytes": ("1GiB", 1 << 30), "max_adapters": ("5", 5),
 }  # fmt: skip
 
