@@ -58,7 +58,7 @@ def variants(dtype: torch.dtype) -> Variants:
     if dtype.itemsize >= 4:
         return Variants(
             Variant("decode", ShrinkConfig(16, 16, 32, 2, 2), ExpandConfig(16, 16, 64, 4, 2)),
-            Variant("prefill", ShrinkConfig(32, 16, 32, 4, 2), ExpandConfig(32, 16, 64, 4, 2)),
+            Variant("prefill", ShrinkConfig(32, 16, 32, 4, 2), ExpandConfig(32, 16, 64, 8, 2)),
         )
     return Variants(
         Variant("decode", ShrinkConfig(16, 16, 128, 4, 4), ExpandConfig(16, 16, 128, 4, 2)),

@@ -76,7 +76,7 @@ class _GroupStep:
     def add(self, x: Tensor, out: Tensor) -> None:
         group = self._group
         A, scale, B = self._kept or self._weights()
-        inputs = group.source.take(x).view(group.count, group.length, x.shape[1])
+        inputs = group.source.take(x).to(A.dtype).view(group.count, group.length, x.shape[1])
         h = torch.bmm(inputs, A).mul_(scale)
         if self._direct and out.is_contiguous():
             run, spread, _ = self._runs[0]
@@ -84,7 +84,11 @@ class _GroupStep:
             target = out[start : start + group.count].view(-1, 1, run.width)
             if spread is not None:
                 h = h.view(group.count, len(run.slices), run.rank).index_select(1, spread)
-            target.baddbmm_(h.view(-1, 1, run.rank), B[0])
+            h = h.view(-1, 1, run.rank)
+            if out.dtype == h.dtype:
+                target.baddbmm_(h, B[0])
+            else:
+                target.add_(torch.bmm(h, B[0]))
             return
         for run, spread, number in self._runs:
             self._add_run(self._expand(h, run, spread, B[number]), out[:, run.column : run.column + run.out_features])
@@ -107,7 +111,7 @@ class _GroupStep:
             if tokens.index is None:
                 out[tokens.start : tokens.stop].add_(term)
             else:
-                out.index_add_(0, tokens.index, term)
+                out.index_add_(0, tokens.index, term.to(out.dtype))
 
 
 class _LongStep:
@@ -151,8 +155,8 @@ class TorchLoraBackend:
     """The LoRA operations on plain torch tensors; the contract is `interface.LoraBackend`.
 
     `bytes_used` counts the adapters' own tensors. Active banks, which hold copies of the adapters that recent steps
-    used (rank padding included), come on top: `bank_bytes`. A plan stays valid for the next seven calls of `plan`
-    that make a new one.
+    used (rank padding included; float32 on a CPU), come on top: `bank_bytes`. A plan stays valid for the next seven
+    calls of `plan` that make a new one.
     """
 
     def __init__(
@@ -169,6 +173,9 @@ class TorchLoraBackend:
         self.dtype = dtype
         self.device = device
         self._index = ModuleIndex(self.sites)
+        # A CPU's batched products in half precision pay more per call than float32 pays in bytes.
+        half_on_cpu = device.type == "cpu" and dtype.itemsize < 4
+        self._bank_dtype = torch.float32 if half_on_cpu else dtype
         self._budget = budget_bytes
         self._limits = limits
         self._adapters: list[_Adapter | None] = [None] * max_slots
@@ -301,7 +308,7 @@ class TorchLoraBackend:
         site, signature = key
         bank = self._banks.get(key)
         if bank is None:
-            bank = self._banks[key] = Bank(self.sites[site], signature, self.dtype, self.device)
+            bank = self._banks[key] = Bank(self.sites[site], signature, self._bank_dtype, self.device)
         missing = [slot for slot in slots if slot not in bank.row_of]
         if missing:
             taken = busy.get(bank, set()) | {bank.row_of[slot] for slot in slots if slot in bank.row_of}

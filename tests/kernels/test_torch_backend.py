@@ -1,0 +1,271 @@
+"""The torch backend against the float64 reference, and its slots, rows and bounds."""
+
+import threading
+
+import pytest
+import torch
+
+from loramux.kernels.lora import ArenaFullError, ModuleWeights, Segment, Site, SiteSlice, make_backend
+from loramux.kernels.lora.cases import Case, Weights, check, large_cases, load, relative_error, single, small_cases
+from loramux.kernels.lora.reference import add_reference
+from loramux.kernels.lora.torch_backend import TorchLoraBackend
+from loramux.kernels.lora.torch_bank import bucket
+
+CASES = [*small_cases(), *large_cases()]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def backend_of(
+    case: Case, dtype: torch.dtype = torch.float32, *, budget: int = 1 << 28, slots: int = 128
+) -> TorchLoraBackend:
+    backend = make_backend(
+        [case.site], dtype=dtype, device="cpu", budget_bytes=budget, max_slots=slots, max_tokens=4096, max_set_rank=600
+    )
+    assert isinstance(backend, TorchLoraBackend)
+    return backend
+
+
+def poison(backend: TorchLoraBackend, slot: int, weights: Weights) -> None:
+    """Leaves NaN in the slot's memory and rows before it is released."""
+    nan = {
+        module: ModuleWeights(torch.full_like(pair.A, torch.nan), torch.full_like(pair.B, torch.nan), torch.nan)
+        for module, pair in weights.items()
+    }
+    backend.release(slot)
+    again = load(backend, nan)
+    assert again == slot
+    plan = backend.plan([Segment(0, 1, ((slot, 1.0),))], 1)
+    assert plan is not None
+    site = backend.sites[0]
+    backend.add(site, torch.ones(1, site.in_features), torch.ones(1, site.out_features), plan)
+    backend.release(slot)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
+    backend, weights = backend_of(case, dtype), case.weights(dtype)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights) <= TOLERANCE[dtype]
+
+
+def test_float64_is_exact_to_rounding() -> None:
+    case = CASES[9]
+    backend, weights = backend_of(case, torch.float64), case.weights(torch.float64)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights) <= 1e-6  # s w is float32
+
+
+def test_output_may_be_a_column_view() -> None:
+    case = Case("view", 64, (64, 64), ((16, 16),) * 3, single(3))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    segments = case.segments(slots)
+    plan = backend.plan(segments, 3)
+    assert plan is not None
+    x, wide = torch.randn(3, 64), torch.zeros(3, 200)
+    expected = torch.zeros(3, 128, dtype=torch.float64)
+    add_reference(case.site, x, expected, segments, dict(zip(slots, weights, strict=True)))
+    backend.add(case.site, x, wide[:, 7:135], plan)
+    assert relative_error(wide[:, 7:135], expected) <= 1e-5
+    assert not wide[:, :7].any()
+    assert not wide[:, 135:].any()
+
+
+def test_rows_survive_changing_batches_and_reused_slots() -> None:
+    generator = torch.Generator().manual_seed(3)
+    adapters = 24
+    case = Case("churn", 64, (64, 32), tuple((4 + 3 * (i % 7), 8) for i in range(adapters)), single(adapters))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    for step in range(60):
+        victim = int(torch.randint(adapters, (), generator=generator))
+        if step % 3 == 0:
+            poison(backend, slots[victim], weights[victim])
+            slots[victim] = load(backend, weights[victim])
+        order = torch.randperm(adapters, generator=generator).tolist()[: 1 + step % 10]
+        lengths = torch.randint(1, 12, (len(order),), generator=generator).tolist()
+        runs = tuple((length, ((number, 1.0),)) for number, length in zip(order, lengths, strict=True))
+        now = Case("churn", 64, (64, 32), case.adapters, runs)
+        assert check(backend, now, slots, weights, seed=step) <= 1e-5
+    for slot in slots:
+        backend.release(slot)
+    assert backend.bytes_used == 0
+    assert backend.bank_bytes == 0
+
+
+def test_a_steady_batch_copies_nothing_and_keeps_its_plan() -> None:
+    case = Case("steady", 64, (64,), ((8,),) * 6, single(4))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    segments = case.segments(slots)
+    plan = backend.plan(segments, 4)
+    bank = backend.bank_bytes
+    assert backend.plan(list(segments), 4) is plan
+    other = backend.plan([Segment(0, 2, ((slots[4], 1.0),))], 2)
+    assert other is not None
+    assert other is not plan
+    assert backend.bank_bytes >= bank
+
+
+def test_an_older_plan_still_works_after_the_banks_grow() -> None:
+    case = Case("older", 64, (64,), ((8,),) * 40, single(2))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    by_slot = dict(zip(slots, weights, strict=True))
+    segments = case.segments(slots)
+    plan = backend.plan(segments, 2)
+    assert plan is not None
+    backend.plan([Segment(i, i + 1, ((slots[i], 1.0),)) for i in range(40)], 40)
+    x, out = torch.randn(2, 64), torch.zeros(2, 64)
+    expected = out.double()
+    add_reference(case.site, x, expected, segments, by_slot)
+    backend.add(case.site, x, out, plan)
+    assert relative_error(out, expected) <= 1e-5
+
+
+def test_banks_stay_near_what_recent_steps_use() -> None:
+    adapters = 64
+    case = Case("turns", 512, (512,), ((16,),) * adapters, single(1))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    one = backend.bytes_needed({"module0": 16})
+    for slot in slots:
+        backend.plan([Segment(0, 1, ((slot, 1.0),))], 1)
+    assert backend.bytes_used == adapters * one
+    assert backend.bank_bytes <= 20 * one
+
+
+def test_untouched_sites_and_base_steps_cost_nothing() -> None:
+    sites = [Site(0, 8, (SiteSlice("a", 8),)), Site(1, 8, (SiteSlice("b", 8),))]
+    backend = make_backend(sites, dtype=torch.float32, device="cpu", budget_bytes=1 << 16, max_slots=2, max_tokens=8)
+    slot = load(backend, {"a": ModuleWeights(torch.ones(1, 8), torch.ones(8, 1), 1.0)})
+    assert backend.plan([], 8) is None
+    plan = backend.plan([Segment(0, 1, ((slot, 1.0),))], 8)
+    assert plan is not None
+    assert plan.num_tokens == 8
+    nothing = torch.empty(0)
+    backend.add(sites[1], nothing, nothing, plan)  # would fail if it looked at its arguments
+
+
+def test_fill_runs_beside_add() -> None:
+    case = Case("threads", 128, (128, 128), ((16, 16),) * 8, single(4))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights[:4]]
+    late = [backend.reserve({module: pair.rank for module, pair in adapter.items()}) for adapter in weights[4:]]
+    assert not any(backend.filled(slot) for slot in late)
+
+    def fill() -> None:
+        for slot, adapter in zip(late, weights[4:], strict=True):
+            backend.fill(slot, adapter)
+
+    thread = threading.Thread(target=fill)
+    with torch.inference_mode():
+        thread.start()
+        for seed in range(20):
+            assert check(backend, case, [*slots, *late], weights, seed=seed) <= 1e-5
+        thread.join()
+        assert all(backend.filled(slot) for slot in late)
+        for slot in late:
+            backend.publish(slot)
+        everyone = Case("threads", 128, (128, 128), case.adapters, single(8))
+        assert check(backend, everyone, [*slots, *late], weights) <= 1e-5
+
+
+def test_reserving_inside_inference_mode_leaves_ordinary_tensors() -> None:
+    case = CASES[2]
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    with torch.inference_mode():
+        slots = [backend.reserve({module: pair.rank for module, pair in adapter.items()}) for adapter in weights]
+    for slot, adapter in zip(slots, weights, strict=True):
+        backend.fill(slot, adapter)
+        backend.publish(slot)
+    with torch.inference_mode():
+        assert check(backend, case, slots, weights) <= 1e-5
+    fewer = Case("fewer", case.in_features, case.slices, case.adapters, case.runs[:2])
+    assert check(backend, fewer, slots, weights) <= 1e-5
+
+
+def test_bytes_and_slots_are_bounded() -> None:
+    case = Case("bounds", 8, (8,), ((4,),), single(1))
+    one = 4 * (8 + 8) * 4
+    backend = backend_of(case, budget=2 * one + 8, slots=2)
+    assert backend.bytes_needed({"module0": 4}) == one
+    assert backend.bytes_total == 2 * one + 8
+    first = backend.reserve({"module0": 4})
+    with pytest.raises(ArenaFullError) as full:
+        backend.reserve({"module0": 8})
+    assert (full.value.needed, full.value.free) == (2 * one, one + 8)
+    backend.reserve({"module0": 1})
+    with pytest.raises(ArenaFullError) as full:
+        backend.reserve({"module0": 1})
+    assert full.value.free == 0
+    backend.release(first)
+    assert backend.bytes_used == one // 4
+    with pytest.raises(KeyError):
+        backend.reserve({"nowhere": 1})
+    with pytest.raises(ValueError, match="at least one module"):
+        backend.reserve({})
+    with pytest.raises(ValueError, match="below 1"):
+        backend.reserve({"module0": 0})
+
+
+def test_weights_must_be_those_reserved() -> None:
+    backend = backend_of(Case("fill", 8, (8, 8), ((4, 4),), single(1)))
+    slot = backend.reserve({"module0": 4})
+    good = ModuleWeights(torch.zeros(4, 8), torch.zeros(8, 4), 1.0)
+    with pytest.raises(ValueError, match="module1"):
+        backend.fill(slot, {"module0": good, "module1": good})
+    with pytest.raises(ValueError, match=r"reserved A \(4, 8\)"):
+        backend.fill(slot, {"module0": ModuleWeights(torch.zeros(2, 8), torch.zeros(8, 2), 1.0)})
+    with pytest.raises(ValueError, match="not filled"):
+        backend.publish(slot)
+
+
+def test_plans_refuse_what_passes_a_bound() -> None:
+    case = Case("limits", 8, (8,), ((4,),) * 3, single(3))
+    backend = make_backend(
+        [case.site], dtype=torch.float32, device="cpu", budget_bytes=1 << 16, max_slots=4, max_tokens=8,
+        max_set_size=2, max_set_rank=6,
+    )  # fmt: skip
+    slots = [load(backend, adapter) for adapter in case.weights(torch.float32)]
+    a, b, c = ((slot, 1.0) for slot in slots)
+    for segments, tokens, message in [
+        ([Segment(0, 1, (a,))], 9, "max_tokens 8"),
+        ([Segment(0, 1, (a, b, c))], 8, "max_set_size 2"),
+        ([Segment(0, 1, (a, b))], 8, "max_set_rank 6"),
+        ([Segment(0, 2, (a,)), Segment(1, 3, (b,))], 8, "out of order"),
+        ([Segment(7, 9, (a,))], 8, "out of range"),
+        ([Segment(0, 1, ())], 8, "no adapter"),
+        ([Segment(0, 1, ((3, 1.0),))], 8, "not reserved"),
+        ([Segment(0, 1, ((-1, 1.0),))], 8, "not reserved"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            backend.plan(segments, tokens)
+    unpublished = backend.reserve({"module0": 1})
+    with pytest.raises(ValueError, match="not published"):
+        backend.plan([Segment(0, 1, ((unpublished, 1.0),))], 8)
+
+
+def test_sites_must_be_numbered_and_modules_unique() -> None:
+    part = (SiteSlice("a", 8),)
+    for sites, message in [
+        ([Site(1, 8, part)], "carries index 1"),
+        ([Site(0, 8, part), Site(1, 8, part)], "two sites"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_backend(sites, dtype=torch.float32, device="cpu", budget_bytes=0, max_slots=1, max_tokens=1)
+
+
+@pytest.mark.parametrize(("rank", "features", "padded"), [(1, 8192, 4), (5, 8192, 8), (16, 1024, 16), (65, 8192, 96)])
+def test_rank_buckets(rank: int, features: int, padded: int) -> None:
+    assert bucket(rank, features) == padded
+
+
+def test_small_sites_share_one_bucket() -> None:
+    assert {bucket(rank, 64) for rank in (1, 4, 8, 16, 32, 64)} == {64}
+
+
+@pytest.mark.parametrize("rank", range(1, 300, 7))
+def test_buckets_hold_their_rank(rank: int) -> None:
+    assert rank <= bucket(rank, 4096) <= max(4, 2 * rank)
