@@ -10,10 +10,12 @@ A_i is [r_i, in], B_i is [out, r_i], s_i the adapter's own scale of that module 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Lane = Literal["tokens", "rows"]
 
 
 class ArenaFullError(Exception):
@@ -81,6 +83,9 @@ class LoraPlan(Protocol):
     def num_tokens(self) -> int:
         """Tokens of the step, base tokens included."""
 
+    def touches(self, site: Site) -> bool:
+        """Whether any adapter of the plan has weights at the site."""
+
 
 class LoraBackend(Protocol):
     """Device memory for adapters, and the operations over it.
@@ -123,10 +128,15 @@ class LoraBackend(Protocol):
     def release(self, slot: int) -> None:
         """Frees the slot's memory; the caller guarantees that no plan that names it is still in use."""
 
-    def plan(self, segments: Sequence[Segment], num_tokens: int) -> LoraPlan | None:
+    def check_set(self, slots: Sequence[int]) -> None:
+        """Raises ValueError naming the bound that one set of these published slots would pass."""
+
+    def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> LoraPlan | None:
         """The step's plan, or None when no token has an adapter: then nothing is launched.
 
-        Segments are sorted and disjoint; tokens in no segment are base tokens and cost nothing.
+        Segments are sorted and disjoint; tokens in no segment are base tokens and cost nothing. A plan is valid until
+        the next call with the same lane: "tokens" is for the step's tokens, "rows" for the fewer rows whose logits
+        are computed. Raises ValueError for sets that `check_set` refuses.
         """
 
     def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan) -> None:

@@ -85,11 +85,15 @@ def check_segments(
         if segment.start < end or segment.end <= segment.start or segment.end > num_tokens:
             raise ValueError(f"segment [{segment.start}, {segment.end}) is empty, out of order or out of range")
         end = segment.end
-        size = len(segment.adapters)
-        if not size:
+        if not segment.adapters:
             raise ValueError(f"segment [{segment.start}, {segment.end}) names no adapter")
-        if size > limits.max_set_size:
-            raise ValueError(f"a set of {size} adapters exceeds max_set_size {limits.max_set_size}")
-        rank = sum(rank_of(slot) for slot, _ in segment.adapters)
-        if rank > limits.max_set_rank:
-            raise ValueError(f"a set of total rank {rank} exceeds max_set_rank {limits.max_set_rank}")
+        check_set([slot for slot, _ in segment.adapters], limits, rank_of)
+
+
+def check_set(slots: Sequence[int], limits: SetLimits, rank_of: Callable[[int], int]) -> None:
+    """Raises ValueError naming the bound when one set of these slots passes it; `rank_of` as in `check_segments`."""
+    if len(slots) > limits.max_set_size:
+        raise ValueError(f"a set of {len(slots)} adapters exceeds max_set_size {limits.max_set_size}")
+    rank = sum(rank_of(slot) for slot in slots)
+    if rank > limits.max_set_rank:
+        raise ValueError(f"a set of total rank {rank} exceeds max_set_rank {limits.max_set_rank}")

@@ -17,8 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .interface import ArenaFullError, LoraPlan, ModuleWeights, Segment, Site
-from .modules import ModuleIndex, SetLimits, check_segments
+from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, Segment, Site
+from .modules import ModuleIndex, SetLimits, check_segments, check_set
 from .torch_bank import Bank, Run, Signature, SiteTensors, bucket
 from .torch_plan import Entry, Group, Pattern, make_entries, make_pattern
 
@@ -144,6 +144,10 @@ class TorchLoraPlan:
         self.steps: dict[int, list[_GroupStep | _LongStep]] = {}
         self.rows: list[tuple[Bank, int, frozenset[int]]] = []
         self.slots: frozenset[int] = frozenset()
+
+    def touches(self, site: Site) -> bool:
+        """Whether any adapter of the plan has weights at the site."""
+        return site.index in self.steps
 
     @property
     def current(self) -> bool:
@@ -285,9 +289,14 @@ class TorchLoraBackend:
             raise ValueError(f"slot {slot} is not published")
         return adapter.rank
 
-    def plan(self, segments: Sequence[Segment], num_tokens: int) -> TorchLoraPlan | None:
+    def check_set(self, slots: Sequence[int]) -> None:
+        """Raises ValueError naming the bound that one set of these published slots would pass."""
+        check_set(slots, self._limits, self._published_rank)
+
+    def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> TorchLoraPlan | None:
         """The step's plan, or None without segments; the same arguments give the same plan while it is current.
 
+        Both lanes share the few latest plans that are kept, all of which stay valid.
         Raises ValueError for malformed segments, unpublished slots and passed bounds.
         """
         if not segments:

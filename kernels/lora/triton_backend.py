@@ -14,9 +14,9 @@ from triton.runtime.jit import JITFunction
 
 from .arena import ALIGNMENT_BYTES, Arena, Block
 from .expand import expand_kernel
-from .interface import ArenaFullError, LoraPlan, ModuleWeights, Segment, Site
+from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, Segment, Site
 from .launch import ENTRY_WIDTH, RECORD_WIDTH, Launch, largest_power_of_two, split_columns, variants
-from .modules import ModuleIndex, SetLimits, check_segments
+from .modules import ModuleIndex, SetLimits, check_segments, check_set
 from .shrink import shrink_kernel
 from .triton_plan import StaticBuffer, TritonLoraPlan, build, max_records, partial_rows, scratch
 
@@ -44,6 +44,17 @@ def _ended(event: "torch.cuda.Event | None") -> bool:
     return event is None or bool(event.query())  # type: ignore[no-untyped-call]
 
 
+class _LaneState:
+    """The static metadata buffers of one lane, and the plan that lies in them."""
+
+    def __init__(self, limits: SetLimits, device: torch.device) -> None:
+        rows = max_records(limits.max_tokens, limits.max_set_size, limits.max_set_rank)
+        self.records = StaticBuffer(rows, RECORD_WIDTH, device)
+        self.entries = StaticBuffer(limits.max_tokens * limits.max_set_size, ENTRY_WIDTH, device)
+        self.key: tuple[tuple[Segment, ...], int] | None = None
+        self.plan: TritonLoraPlan | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class _SiteLayout:
     """Constants of a site: its first module number, its splits, and its output tiles per variant."""
@@ -59,8 +70,9 @@ class _SiteLayout:
 class TritonLoraBackend:
     """The LoRA operations as Triton kernels; the contract is `interface.LoraBackend`.
 
-    A plan's metadata lives in static buffers: a plan is valid until `plan` makes another one, and `add` refuses an
-    outdated one. `fill` copies on a stream of its own; hold the weights in pinned memory for copies that overlap.
+    A plan's metadata lives in static buffers, a set of them per lane: a plan is valid until `plan` makes another one
+    of its lane, and `add` refuses an outdated one. `fill` copies on a stream of its own; hold the weights in pinned
+    memory for copies that overlap.
     """
 
     def __init__(
@@ -90,9 +102,7 @@ class TritonLoraBackend:
         self._num_modules = len(shapes)
         self.arena = Arena(shapes, dtype=dtype, device=device, budget_bytes=budget_bytes, slots=max_slots)
         self._adapters: list[_Adapter | None] = [None] * max_slots
-        records = max_records(limits.max_tokens, limits.max_set_size, limits.max_set_rank)
-        self._records = StaticBuffer(records, RECORD_WIDTH, device)
-        self._entries = StaticBuffer(limits.max_tokens * limits.max_set_size, ENTRY_WIDTH, device)
+        self._lanes: dict[Lane, _LaneState] = {"tokens": _LaneState(limits, device), "rows": _LaneState(limits, device)}
         self._partial_rows = partial_rows(limits.max_tokens)
         self._whole, self._parts = scratch(
             limits.max_tokens,
@@ -103,8 +113,6 @@ class TritonLoraBackend:
             device,
         )
         self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
-        self._key: tuple[tuple[Segment, ...], int] | None = None
-        self._plan: TritonLoraPlan | None = None
 
     def _layout(self, site: Site) -> _SiteLayout:
         block_k = self._variants.decode.shrink.block_k
@@ -232,7 +240,8 @@ class TritonLoraBackend:
             adapter.copied.synchronize()  # released while loading: the blocks must not be written after they are free
         self.arena.release(adapter.blocks)
         self._adapters[slot] = None
-        self._key = self._plan = None
+        for lane in self._lanes.values():
+            lane.key = lane.plan = None
 
     def _published_rank(self, slot: int) -> int:
         adapter = self._adapter(slot)
@@ -240,7 +249,11 @@ class TritonLoraBackend:
             raise ValueError(f"slot {slot} is not published")
         return adapter.rank
 
-    def plan(self, segments: Sequence[Segment], num_tokens: int) -> TritonLoraPlan | None:
+    def check_set(self, slots: Sequence[int]) -> None:
+        """Raises ValueError naming the bound that one set of these published slots would pass."""
+        check_set(slots, self._limits, self._published_rank)
+
+    def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> TritonLoraPlan | None:
         """The step's plan, or None without segments; the same arguments as last time give the same plan.
 
         Raises ValueError for malformed segments, unpublished slots and passed bounds.
@@ -248,30 +261,32 @@ class TritonLoraBackend:
         if not segments:
             return None
         key = (tuple(segments), num_tokens)
-        if key == self._key and self._plan is not None:
-            return self._plan
+        state = self._lanes[lane]
+        if key == state.key and state.plan is not None:
+            return state.plan
         check_segments(segments, num_tokens, self._limits, self._published_rank)
         launches, entries, records = build(segments, self._published_rank, self._variants, self._partial_rows)
-        self._entries.write(entries)
-        self._records.write(records)
+        state.entries.write(entries)
+        state.records.write(records)
         slots = {slot for segment in segments for slot, _ in segment.adapters}
         sites = frozenset().union(*(self._adapter(slot).sites for slot in slots))
-        self._key, self._plan = key, TritonLoraPlan(num_tokens, launches, sites)
-        return self._plan
+        state.key, state.plan = key, TritonLoraPlan(num_tokens, launches, sites)
+        return state.plan
 
     def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan) -> None:
         """out[t] += the LoRA term, in place; x [tokens, in] and out [tokens, sum of outs] with unit stride.
 
         Raises ValueError for a plan that is not the latest.
         """
-        if self._plan is None or plan is not self._plan:
+        state = next((lane for lane in self._lanes.values() if lane.plan is plan), None)
+        if state is None or state.plan is None:
             raise ValueError("the plan is outdated: its metadata was overwritten by a later one")
-        if site.index not in self._plan.sites:
+        if not state.plan.touches(site):
             return
-        for launch in self._plan.launches:
-            self._shrink(site, x, launch)
-        for launch in self._plan.launches:
-            self._expand(site, out, launch)
+        for launch in state.plan.launches:
+            self._shrink(site, x, launch, state)
+        for launch in state.plan.launches:
+            self._expand(site, out, launch, state)
 
     def _h(self, site: Site, launch: Launch) -> tuple[Tensor, int, int, int]:
         """(scratch, split stride, row stride, slice stride) of h."""
@@ -279,7 +294,7 @@ class TritonLoraBackend:
         row = len(site.slices) * width
         return (self._parts, self._partial_rows * row, row, width) if launch.partials else (self._whole, 0, row, width)
 
-    def _shrink(self, site: Site, x: Tensor, launch: Launch) -> None:
+    def _shrink(self, site: Site, x: Tensor, launch: Launch, lane: _LaneState) -> None:
         layout, config = self._layouts[site.index], launch.variant.shrink
         h, split_stride, row_stride, slice_stride = self._h(site, launch)
         first, end = launch.shrink
@@ -288,8 +303,8 @@ class TritonLoraBackend:
             self.arena.memory,
             self.arena.offsets,
             self.arena.ranks,
-            self._records.tensor[first:],
-            self._entries.tensor,
+            lane.records.tensor[first:],
+            lane.entries.tensor,
             h,
             site.in_features,
             x.stride(0),
@@ -310,7 +325,7 @@ class TritonLoraBackend:
             num_stages=config.num_stages,
         )
 
-    def _expand(self, site: Site, out: Tensor, launch: Launch) -> None:
+    def _expand(self, site: Site, out: Tensor, launch: Launch, lane: _LaneState) -> None:
         layout, config = self._layouts[site.index], launch.variant.expand
         h, split_stride, row_stride, slice_stride = self._h(site, launch)
         tiles = layout.tiles[launch.variant.name]
@@ -321,8 +336,8 @@ class TritonLoraBackend:
             self.arena.offsets,
             self.arena.ranks,
             self.arena.scales,
-            self._records.tensor[first:],
-            self._entries.tensor,
+            lane.records.tensor[first:],
+            lane.entries.tensor,
             tiles,
             h,
             out.stride(0),

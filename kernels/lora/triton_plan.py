@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .interface import Segment
+from .interface import Segment, Site
 from .launch import ENTRY_WIDTH, PARTIAL_TOKENS, RECORD_WIDTH, SHORT_TOKENS, Launch, Variant, Variants
 
 
@@ -54,6 +54,10 @@ class TritonLoraPlan:
         self.num_tokens = num_tokens
         self.launches = tuple(launches)
         self.sites = sites
+
+    def touches(self, site: Site) -> bool:
+        """Whether any adapter of the plan has weights at the site."""
+        return site.index in self.sites
 
 
 def build(

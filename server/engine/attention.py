@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from loramux.kernels.lora.interface import LoraPlan
+
 ATTENTION_NAME = "loramux_paged"
 LAYER_ATTRIBUTE = "loramux_layer"
 
@@ -108,8 +110,8 @@ class StepState:
     """The step in progress, shared by reference with every replaced module of one model; never a global."""
 
     attention: AttentionStep | None = None
-    lora: Any = None
-    lora_rows: Any = None
+    lora: LoraPlan | None = None
+    lora_rows: LoraPlan | None = None
 
 
 class LayerCache:

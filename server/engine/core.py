@@ -83,6 +83,7 @@ class EngineCore:
             self.tier,
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
+            check_set=self.backend.check_set,
             load_errors=(AdapterLoadFailure,),
         )
         use_workspace = config.decode_workspace and self.model.device.type == "cpu"

@@ -58,7 +58,8 @@ class Probe:
 class SiteProjection(nn.Module):
     """out = x W^T + b, plus the step's adapters, for one site of one or more slices.
 
-    `weight` is [sum of outs, in]. x has any leading dimensions. The result is cut into slices by `SliceOf`.
+    `weight` is [sum of outs, in]. x has any leading dimensions. The result is cut into slices by `SliceOf`. A head sees
+    only the rows whose logits are wanted, so its adapters are those of the rows, not of the tokens.
     """
 
     def __init__(self, weights: Seq[Tensor], biases: Seq[Tensor | None], state: StepState, *, is_head: bool) -> None:
@@ -71,14 +72,14 @@ class SiteProjection(nn.Module):
             parts = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
             self.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
         self._state = state
-        self._is_head = is_head
+        self.is_head = is_head
         self.site: Site | None = None
         self.backend: LoraBackend | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., sum of outs]."""
         out = F.linear(x, self.weight, self.bias)
-        plan = self._state.lora_rows if self._is_head else self._state.lora
+        plan = self._state.lora_rows if self.is_head else self._state.lora
         if plan is not None and self.backend is not None and self.site is not None:
             self.backend.add(self.site, x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), plan)
         return out

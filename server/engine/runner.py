@@ -68,6 +68,7 @@ class Runner:
         self._workspace = WorkspaceRows(workspace_tokens) if workspace_tokens else None
         for projection in model.projections:
             projection.backend = backend
+        self._heads = [p.site for p in model.projections if p.is_head and p.site is not None]
 
     @torch.inference_mode()
     def run(self, chunks: Seq[Chunk]) -> dict[str, int]:
@@ -97,8 +98,8 @@ class Runner:
         state.attention = self._attention(chunks, positions, starts)
         state.lora = self.backend.plan(self._segments(chunks, starts), len(ids))
         state.lora_rows = None
-        if state.lora is not None:
-            state.lora_rows = self.backend.plan(self._row_segments(sampling), max(len(rows), 1))
+        if state.lora is not None and any(state.lora.touches(head) for head in self._heads):
+            state.lora_rows = self.backend.plan(self._row_segments(sampling), max(len(rows), 1), lane="rows")
         try:
             logits = self.model.forward(
                 torch.tensor(ids, device=device),

@@ -7,6 +7,7 @@ device waits alone. When blocks run out the youngest running sequence gives its 
 
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,8 +61,10 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_batched_tokens: int,
+        check_set: Callable[[Seq[int]], None],
         load_errors: tuple[type[Exception], ...] = (),
     ) -> None:
+        """`check_set` raises ValueError for a set of slots that the kernels cannot compute."""
         self.blocks = blocks
         self.adapters = adapters
         self.max_num_seqs = max_num_seqs
@@ -70,6 +73,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting_for_adapter = 0
         self.preemptions = 0
+        self._check_set = check_set
         self._load_errors = load_errors
 
     def add(self, seq: Sequence) -> None:
@@ -120,6 +124,14 @@ class Scheduler:
                 blocked.append(self.waiting.popleft())
                 continue
             seq.slots = dict(zip(seq.digests, slots, strict=True))
+            try:
+                for span in seq.spans:
+                    self._check_set([seq.slots[a.digest] for a in span.adapters])
+            except ValueError as error:
+                self._give_back(seq)
+                self.waiting.popleft()
+                failures.append(Failure(seq, str(error)))
+                continue
             cached = self.blocks.match_prefix(seq)
             end = cached + min(seq.remaining, budget)
             if not self._fits(seq) or not self.blocks.grow(seq, end):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loramux.adapters_store.canonical import CanonicalTensor, write_canonical
 from loramux.adapters_store.digests import blob_path, digest_from_hex
-from loramux.kernels.lora.interface import ArenaFullError, LoraPlan, ModuleWeights, Segment, Site, SiteSlice
+from loramux.kernels.lora.interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, Segment, Site, SiteSlice
 
 IN, OUT = 8, 16
 SITE = Site(0, IN, (SiteSlice("m", OUT),))
@@ -108,8 +108,11 @@ class BookKeeper:
         self.published.discard(slot)
         self.contents.pop(slot, None)
 
-    def plan(self, segments: Sequence[Segment], num_tokens: int) -> LoraPlan | None:
-        raise NotImplementedError
+    def check_set(self, slots: Sequence[int]) -> None:
+        raise AssertionError("the tier never computes")
+
+    def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> LoraPlan | None:
+        raise AssertionError("the tier never computes")
 
     def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan) -> None:
-        raise NotImplementedError
+        raise AssertionError("the tier never computes")

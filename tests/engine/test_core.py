@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from support.engines import drain, make_core, request, tokens_of
 from support.models import (
     EOS,
     VOCAB,
+    AdapterRecipe,
     family_config,
     greedy,
     mixed_recipes,
@@ -175,6 +177,38 @@ def test_a_missing_adapter_fails_its_request_alone(core: EngineCore) -> None:
     assert outputs["bad"][-1].finish_reason == "error"
     assert outputs["bad"][-1].error_kind == "adapter"
     assert len(tokens_of(outputs["good"])) == 4
+
+
+def test_a_set_that_is_too_wide_fails_its_request_alone(setup: Setup) -> None:
+    core = setup.core(max_set_rank=20)
+    wide = [(setup.digests[name], 1.0) for name in ("attn-r16", "all-r8")]
+    core.add(request("bad", [5, 6, 7], 4, wide))
+    core.add(request("good", [5, 6, 7], 4, wide[:1]))
+    outputs = drain(core)
+    core.close()
+    assert outputs["bad"][-1].error_kind == "adapter"
+    assert "max_set_rank" in str(outputs["bad"][-1].error)
+    assert outputs["good"][-1].finish_reason != "error"
+    assert core.blocks.num_used == 0
+
+
+def test_adapters_on_the_output_projection(setup: Setup, tmp_path: Path) -> None:
+    recipe = AdapterRecipe("head", 9, {"r": 4, "lora_alpha": 8, "target_modules": ["lm_head", "q_proj"]})
+    path = save_adapter(setup.model, recipe, tmp_path)
+    digest = write_blob(setup.model, path, setup.blob_dir)
+    core = setup.core()
+    prompts = texts(3, 5, 12)
+    for i, prompt in enumerate(prompts):
+        core.add(request(str(i), prompt, 10, [] if i == 1 else [(digest, 1.0)]))
+    got = drain(core)
+    core.close()
+    wrapped = peft.PeftModel.from_pretrained(setup.model, path)
+    with_adapter = [greedy(wrapped, prompt, 10) for prompt in prompts]
+    wrapped.unload()
+    assert tokens_of(got["0"]) == with_adapter[0]
+    assert tokens_of(got["2"]) == with_adapter[2]
+    assert tokens_of(got["1"]) == greedy(setup.model, prompts[1], 10)
+    assert tokens_of(got["1"]) != with_adapter[1]
 
 
 def test_numbers_that_are_not_finite_fail_their_request_alone(core: EngineCore, setup: Setup) -> None:
