@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import FAMILIES, VOCAB, family_config, random_model, save_model
+from support.models import FAMILIES, MORE_FAMILIES, VOCAB, family_config, random_model, save_model
 
 from loramux.kernels.lora import make_backend
 from loramux.server.engine.blocks import BlockManager
@@ -22,15 +22,8 @@ from loramux.server.engine.runner import Runner
 from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
 
-MORE = {"gpt2": {}, "phi": {}, "starcoder2": {}, "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
 BLOCK = 4
 TOLERANCE = 1e-4
-
-
-def config_of(family: str) -> Any:
-    if family == "gpt2":
-        return family_config("gpt2", n_embd=64, n_layer=3, n_head=4, n_positions=256, num_key_value_heads=4)
-    return family_config(family, **MORE.get(family, {}))
 
 
 class Harness:
@@ -76,9 +69,9 @@ def sequences(lengths: tuple[int, ...]) -> list[Sequence]:
 
 
 @pytest.mark.parametrize("workspace_tokens", [0, 100_000], ids=["gather", "workspace"])
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_logits_equal_transformers_eager(family: str, workspace_tokens: int, tmp_path: Path) -> None:
-    reference = random_model(config_of(family))
+    reference = random_model(family_config(family))
     loaded = load_model(save_model(reference, tmp_path), dtype="float32", device="cpu")
     harness = Harness(reference, loaded, workspace_tokens)
     a, b, c, d = sequences((13, 1, 22, 7))

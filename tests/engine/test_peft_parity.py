@@ -10,6 +10,7 @@ import torch
 from support.engines import drain, make_core, request, tokens_of
 from support.models import (
     FAMILIES,
+    MORE_FAMILIES,
     VOCAB,
     AdapterRecipe,
     family_config,
@@ -74,7 +75,7 @@ def fused_reference(case: Case, parts: dict[str, float], prompt: list[int]) -> l
     return tokens
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
 def test_mixed_batch_equals_peft_one_at_a_time(family: str, tmp_path: Path) -> None:
     case = build(tmp_path, family)
     names = [None, *case.digests, None, "all-r8", "rslora"]

@@ -34,6 +34,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
 }
 
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 32}
+
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256, "num_key_value_heads": 4},
+    "phi": {},
+    "starcoder2": {},
+    "gpt_neox": {},
+    "smollm3": {},
+    "cohere2": {"sliding_window": 9},
+    "mixtral": MOE,
+    "qwen3_moe": {**MOE, "head_dim": 16},
+    "olmoe": MOE,
+    "gpt_oss": {**MOE, "head_dim": 16, "sliding_window": 9},
+}
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -42,7 +57,9 @@ TEMPLATE = (
 
 def family_config(family: str, **overrides: Any) -> Any:
     """The tiny configuration of a family."""
-    return CONFIG_MAPPING[family](**{**COMMON, **FAMILIES.get(family, {}), **overrides})
+    return CONFIG_MAPPING[family](
+        **{**COMMON, **FAMILIES.get(family, {}), **MORE_FAMILIES.get(family, {}), **overrides}
+    )
 
 
 def random_model(config: Any, *, seed: int = 0, std: float = 0.15, attention: str = "eager") -> Any:
@@ -100,10 +117,12 @@ def linear_suffixes(model: Any) -> tuple[list[str], list[str]]:
 def mixed_recipes(model: Any) -> list[AdapterRecipe]:
     """Eight adapters that differ in rank, targets, scaling and patterns."""
     attention, mlp = linear_suffixes(model)
-    every = [*attention, *mlp]
+    whole: Any = "all-linear" if mlp else attention  # PEFT's all-linear takes routed experts in, which are refused
+    mlp = mlp or attention[-1:]
+    every = list(dict.fromkeys([*attention, *mlp]))
     first, last = attention[0], mlp[-1]
     return [
-        AdapterRecipe("all-r8", 1, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
+        AdapterRecipe("all-r8", 1, {"r": 8, "lora_alpha": 16, "target_modules": whole}),
         AdapterRecipe("first-r4", 2, {"r": 4, "lora_alpha": 8, "target_modules": [first]}),
         AdapterRecipe("attn-r16", 3, {"r": 16, "lora_alpha": 16, "target_modules": attention}),
         AdapterRecipe("mlp-r3", 4, {"r": 3, "lora_alpha": 6, "target_modules": mlp}),
