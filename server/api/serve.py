@@ -14,8 +14,6 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from loramux.adapters_store.base_spec import BaseSpec, base_spec_from_config
 from loramux.adapters_store.errors import StoreUnavailableError
@@ -26,12 +24,12 @@ from loramux.server.api.rendering import Renderer, TokenizerError
 from loramux.server.api.state import ServerState
 from loramux.server.demo.assets import DemoAdapter, demo_adapters, demo_base_path
 from loramux.server.engine.client import ProcessEngineClient
+from loramux.server.engine.loading import UnsupportedModelError, load_config, resolve_model
 from loramux.server.engine.protocol import EngineError
 from loramux.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 COPY_BYTES = 1 << 20
 KEEP_ALIVE_SECONDS = 75
 GRACE_SECONDS = 10
@@ -44,27 +42,17 @@ class ServeError(Exception):
 def find_model(settings: Settings) -> Path:
     """The base model's directory: the demo's, a local one, or a download from the hub (resumed, cached, then offline).
 
-    Weights are fetched as safetensors only. Raises `ServeError`.
+    Raises `ServeError`.
     """
     if settings.model is None:
         path = demo_base_path()
         if not (path / "config.json").is_file():
             raise ServeError("the embedded demo is not part of this installation; pass --model")
         return path
-    local = Path(settings.model).expanduser()
-    if local.exists():
-        if not (local / "config.json").is_file():
-            raise ServeError(f"--model {local} is no model directory: it has no config.json")
-        return local.resolve()
-    if local.is_absolute() or settings.model.startswith((".", "~")):
-        raise ServeError(f"--model {settings.model}: no such directory")
     try:
-        return Path(snapshot_download(settings.model, revision=settings.revision, allow_patterns=MODEL_FILES))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ServeError(
-            f"--model {settings.model} is neither a directory nor to be had from the hub: {reason}"
-        ) from None
+        return resolve_model(settings.model, settings.revision)
+    except UnsupportedModelError as error:
+        raise ServeError(f"--model {settings.model}: {error}") from None
 
 
 def structure_of(spec: BaseSpec) -> str:
@@ -98,9 +86,9 @@ def assemble(settings: Settings) -> Parts:
     """Finds the model, opens its store, loads its tokenizer. The engine is made, not started. Raises `ServeError`."""
     path = find_model(settings)
     try:
-        spec = base_spec_from_config(path, name=settings.base_name)
+        spec = base_spec_from_config(load_config(path), name=settings.base_name)
         renderer = Renderer.load(path, chat_template=settings.chat_template)
-    except (TokenizerError, ValueError, OSError) as error:
+    except (UnsupportedModelError, TokenizerError, ValueError, OSError) as error:
         raise ServeError(str(error)) from error
     root = settings.store_root(structure_of(spec))
     limits = StoreLimits(max_upload_bytes=int(settings.adapter_max_bytes), max_adapters=settings.max_adapters)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -18,6 +20,7 @@ from loramux.server.engine.attention import (
 )
 from loramux.server.engine.linears import Probe, SiteProjection, replace_linears
 
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 PROBE_TOKENS = 5
 PROBE_ROWS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,25 +33,20 @@ class UnsupportedModelError(Exception):
 def resolve_model(name_or_path: str, revision: str | None = None) -> Path:
     """A local directory for a path or a hub name. Raises UnsupportedModelError when there is none.
 
-    Only what is served is fetched: configuration, tokenizer and safetensors.
+    Only what is served is fetched, once: configuration, tokenizer, and weights as safetensors.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if path.exists():
         if not (path / "config.json").is_file():
-            raise UnsupportedModelError(f"{path} has no config.json: give a directory in Hugging Face layout")
+            raise UnsupportedModelError(f"{path} is no model directory: it has no config.json")
         return path.resolve()
-    if path.exists() or name_or_path.startswith((".", "/", "~")):
-        raise UnsupportedModelError(f"{path} is not a directory with a model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    if path.is_absolute() or name_or_path.startswith((".", "~")):
+        raise UnsupportedModelError("no such directory")
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise UnsupportedModelError(f"{name_or_path!r} is neither a directory nor a hub name") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UnsupportedModelError(f"could not fetch {name_or_path!r} from the hub: {error}") from error
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=MODEL_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UnsupportedModelError(f"neither a directory nor to be had from the hub: {reason}") from None
 
 
 def load_config(path: str | Path) -> Any:

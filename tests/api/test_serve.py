@@ -61,7 +61,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: Any, **kwargs: Any) -> str:
         raise OSError("offline\nand more")
 
-    monkeypatch.setattr("loramux.server.api.serve.snapshot_download", offline)
+    monkeypatch.setattr("loramux.server.engine.loading.snapshot_download", offline)
     with pytest.raises(ServeError, match=r"org/name.*offline$"):
         find_model(load_settings({"model": "org/name"}))
 
@@ -73,7 +73,7 @@ def test_weights_come_as_safetensors_only(monkeypatch: pytest.MonkeyPatch) -> No
         asked.update(kwargs, name=name)
         return "/somewhere"
 
-    monkeypatch.setattr("loramux.server.api.serve.snapshot_download", download)
+    monkeypatch.setattr("loramux.server.engine.loading.snapshot_download", download)
     assert find_model(load_settings({"model": "org/name", "revision": "v1"})) == Path("/somewhere")
     assert (asked["name"], asked["revision"]) == ("org/name", "v1")
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["allow_patterns"])

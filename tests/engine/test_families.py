@@ -153,7 +153,7 @@ def test_generation_config_names_the_ends(tmp_path: Path) -> None:
 
 
 def test_unknown_paths_and_devices_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="not a directory"):
+    with pytest.raises(UnsupportedModelError, match="no such directory"):
         resolve_model(str(tmp_path / "nothing"))
     with pytest.raises(UnsupportedModelError, match=r"config\.json"):
         resolve_model(str(tmp_path))
