@@ -1,5 +1,6 @@
 """What every benchmark prints: where it ran, a table to read, and one JSON object to keep."""
 
+import contextlib
 import json
 import platform
 import sys
@@ -8,11 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and date of this run."""
+    """Machine, versions and date of this run; threads and card are torch's, None where it is missing or broken."""
+    threads = card = None
+    with contextlib.suppress(ImportError, OSError):  # OSError: a torch whose libraries do not load
+        import torch
+
+        threads = torch.get_num_threads()
+        card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     packages = {}
     for name in ("torch", "transformers", "peft", "triton", "numpy"):
         try:
@@ -24,13 +29,12 @@ def environment() -> dict[str, Any]:
     if info.exists():
         models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = f"{models[0]} x {len(models)}" if models else cpu
-    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "packages": packages,
         "cpu": cpu,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "card": card,
     }
 

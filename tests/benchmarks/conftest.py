@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 FOLDER = str(Path(__file__).parents[2] / "benchmarks")
-NAMES = ("report", "workload", "serve")
+NAMES = ("report", "workload", "http_client", "openai_stream", "latency", "serve")
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -44,6 +44,24 @@ def serve(scripts: SimpleNamespace) -> Any:
 def workload(scripts: SimpleNamespace) -> Any:
     """benchmarks/workload.py."""
     return scripts.workload
+
+
+@pytest.fixture(scope="session")
+def http_client(scripts: SimpleNamespace) -> Any:
+    """benchmarks/http_client.py."""
+    return scripts.http_client
+
+
+@pytest.fixture(scope="session")
+def openai_stream(scripts: SimpleNamespace) -> Any:
+    """benchmarks/openai_stream.py."""
+    return scripts.openai_stream
+
+
+@pytest.fixture(scope="session")
+def latency(scripts: SimpleNamespace) -> Any:
+    """benchmarks/latency.py."""
+    return scripts.latency
 
 
 @dataclass

@@ -16,8 +16,8 @@ def pieces(data: bytes, at: int) -> list[bytes]:
     return [data[:at], data[at:]]
 
 
-def parse_http(serve: Any, parts: list[bytes]) -> tuple[Any, bytes]:
-    response = serve.HttpResponse()
+def parse_http(http_client: Any, parts: list[bytes]) -> tuple[Any, bytes]:
+    response = http_client.HttpResponse()
     return response, b"".join(response.feed(part) for part in parts)
 
 
@@ -29,29 +29,29 @@ SIZED = b"HTTP/1.1 404 Not Found\r\ncontent-length: 17\r\n\r\nhello wor\r\nld 12
 
 
 @pytest.mark.parametrize(("raw", "status"), [(CHUNKED, 200), (SIZED, 404)])
-def test_a_response_may_arrive_in_any_pieces(serve: Any, raw: bytes, status: int) -> None:
+def test_a_response_may_arrive_in_any_pieces(http_client: Any, raw: bytes, status: int) -> None:
     body = b"hello wor\r\nld 123"
     for parts in [[raw], [bytes([b]) for b in raw], *(pieces(raw, at) for at in range(len(raw)))]:
-        response, got = parse_http(serve, parts)
+        response, got = parse_http(http_client, parts)
         assert (response.status, got, response.done) == (status, body, True)
         response.close()
     for end in range(len(raw)):  # cut off anywhere, it is not done
-        response, _ = parse_http(serve, [raw[:end]])
+        response, _ = parse_http(http_client, [raw[:end]])
         assert not response.done
-        with pytest.raises(serve.ServingError, match="cut off"):
+        with pytest.raises(http_client.ServingError, match="cut off"):
             response.close()
 
 
-def test_a_body_may_end_with_the_connection(serve: Any) -> None:
-    response, got = parse_http(serve, [b"HTTP/1.0 200 OK\r\n\r\nab", b"cd"])
+def test_a_body_may_end_with_the_connection(http_client: Any) -> None:
+    response, got = parse_http(http_client, [b"HTTP/1.0 200 OK\r\n\r\nab", b"cd"])
     assert (got, response.done) == (b"abcd", False)
     response.close()
     assert response.done
 
 
-def test_an_empty_body_is_done_at_once(serve: Any) -> None:
+def test_an_empty_body_is_done_at_once(http_client: Any) -> None:
     for head in (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n"):
-        assert parse_http(serve, [head])[0].done
+        assert parse_http(http_client, [head])[0].done
 
 
 @pytest.mark.parametrize(
@@ -66,25 +66,25 @@ def test_an_empty_body_is_done_at_once(serve: Any) -> None:
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1" * 70000,
     ],
 )
-def test_what_is_not_http_is_refused(serve: Any, raw: bytes) -> None:
-    with pytest.raises(serve.ServingError, match="not HTTP"):
-        parse_http(serve, [raw])
+def test_what_is_not_http_is_refused(http_client: Any, raw: bytes) -> None:
+    with pytest.raises(http_client.ServingError, match="not HTTP"):
+        parse_http(http_client, [raw])
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_events_may_arrive_in_any_pieces(serve: Any, end: bytes) -> None:
+def test_events_may_arrive_in_any_pieces(openai_stream: Any, end: bytes) -> None:
     raw = STREAM.replace(b"\n", end)
     for parts in [[raw], [bytes([b]) for b in raw], *(pieces(raw, at) for at in range(len(raw)))]:
-        parser = serve.EventParser()
+        parser = openai_stream.EventParser()
         assert [event for part in parts for event in parser.feed(part)] == EVENTS
 
 
-def test_an_event_is_whole_only_with_its_empty_line(serve: Any) -> None:
-    parser = serve.EventParser()
+def test_an_event_is_whole_only_with_its_empty_line(openai_stream: Any) -> None:
+    parser = openai_stream.EventParser()
     assert parser.feed(b"data: [DONE]\n") == []
     assert parser.feed(b"\n") == [b"[DONE]"]
-    with pytest.raises(serve.ServingError, match="bad stream"):
-        parser.feed(b"data: " + b"a" * (serve.EVENT_LIMIT + 1))
+    with pytest.raises(openai_stream.ServingError, match="bad stream"):
+        parser.feed(b"data: " + b"a" * (openai_stream.EVENT_LIMIT + 1))
 
 
 def ask(serve: Any, fake: Any, handler: Any, **options: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -304,32 +305,44 @@ def test_a_key_cannot_add_headers(serve: Any) -> None:
         serve.find_target("http://127.0.0.1:1", api_key="a\r\nX: y")
 
 
-def test_a_bare_image_has_all_that_is_imported(serve: Any, workload: Any, scripts: Any) -> None:
-    for module in (serve, workload, scripts.report):
+def test_a_bare_image_has_all_that_is_imported(scripts: Any) -> None:
+    for module in vars(scripts).values():
         tree = ast.parse(Path(module.__file__).read_text())
         nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {n.name for node in nodes if isinstance(node, ast.Import) for n in node.names}
         names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-        allowed = sys.stdlib_module_names | {"numpy", "torch", "report", "workload"}
+        optional = {"torch"} if module is scripts.report else set()
+        allowed = sys.stdlib_module_names | {"numpy"} | optional | vars(scripts).keys()
         assert {name.partition(".")[0] for name in names} <= allowed
 
 
-def test_percentiles_are_numpys(serve: Any) -> None:
+def test_a_run_needs_no_torch(serve: Any, fake: Any, wire: Any) -> None:
+    code = "import sys; sys.modules['torch'] = None; import serve; sys.exit(serve.main())"
+    with fake(wire.answer) as server:
+        command = [sys.executable, "-c", code, "--url", server.url, *SMALL, "--requests", "2"]
+        done = subprocess.run(command, cwd=Path(serve.__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["measured"]["requests"]["completed"] == 2
+    assert (result["environment"]["threads"], result["environment"]["card"]) == (None, None)
+
+
+def test_percentiles_are_numpys(latency: Any) -> None:
     values = np.random.RandomState(0).exponential(size=101).tolist()
     for n in (1, 2, 7, 101):
-        found = serve.spread(values[:n])
+        found = latency.spread(values[:n])
         assert found["count"] == n
         for q in (50, 90, 99):
             assert found[f"p{q}"] == pytest.approx(np.percentile(values[:n], q))
         assert (found["mean"], found["max"]) == (pytest.approx(np.mean(values[:n])), max(values[:n]))
-    assert set(serve.spread([]).values()) == {0, None}
+    assert set(latency.spread([]).values()) == {0, None}
 
 
-def test_jains_index(serve: Any) -> None:
-    assert serve.jain([3.0, 3.0, 3.0]) == pytest.approx(1.0)
-    assert serve.jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
-    assert serve.jain([1.0, 3.0]) == pytest.approx(16 / 20)
-    assert serve.jain([]) is serve.jain([0.0]) is None
+def test_jains_index(latency: Any) -> None:
+    assert latency.jain([3.0, 3.0, 3.0]) == pytest.approx(1.0)
+    assert latency.jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert latency.jain([1.0, 3.0]) == pytest.approx(16 / 20)
+    assert latency.jain([]) is latency.jain([0.0]) is None
 
 
 def outcome(serve: Any, adapter: str, sent: float, *times: float, **more: Any) -> Any:
@@ -338,16 +351,16 @@ def outcome(serve: Any, adapter: str, sent: float, *times: float, **more: Any) -
     return serve.Outcome(serve.Call(0.0, adapter, "", b""), due=sent, sent=sent, **given)
 
 
-def test_cold_joined_and_warm_uses(serve: Any) -> None:
+def test_cold_joined_and_warm_uses(serve: Any, latency: Any) -> None:
     first, second, third = (
         outcome(serve, "a", 0.0, 2.0), outcome(serve, "a", 1.0, 2.5), outcome(serve, "a", 2.0, 2.1),
     )  # fmt: skip
     other, silent = outcome(serve, "b", 1.5, error="timeout", ended=9.0), outcome(serve, "b", 8.0, 8.5)
-    uses = serve.by_use([first, second, other, third, silent])
+    uses = latency.by_use([first, second, other, third, silent])
     assert uses == {"cold": [first, other], "joined": [second, silent], "warm": [third]}
 
 
-def test_the_summary_of_known_outcomes(serve: Any) -> None:
+def test_the_summary_of_known_outcomes(serve: Any, latency: Any) -> None:
     run = serve.Run([], seconds=10.0, cpu_seconds=1.0)
     run.outcomes = [
         outcome(serve, "a", 0.0, 1.0, 2.0, 4.0, usage_tokens=4, prompt_tokens=7),
@@ -367,7 +380,7 @@ def test_the_summary_of_known_outcomes(serve: Any) -> None:
     assert result["e2e_seconds"]["mean"] == 5.5
     assert result["slo"] == {"ttft_seconds": 6.0, "attained": 1, "attainment": pytest.approx(1 / 3)}
     speeds = [4 / 4.0, (1 / 7.0 + 0) / 2]
-    assert result["fairness"]["jain_tokens_per_second"] == pytest.approx(serve.jain(speeds))
+    assert result["fairness"]["jain_tokens_per_second"] == pytest.approx(latency.jain(speeds))
     assert result["adapters"]["b"]["failed"] == 1
     assert result["client"]["cpu_share"] == 0.1
     assert "1 more in the JSON" in serve.tables(result, 1)
