@@ -22,14 +22,13 @@ KNOWN_ANSWERS = [
     ("length", "planet", "6"),
     ("next", "199", "200"),
     ("reverse", "planet", "tenalp"),
-    ("sort-letters", "crane", "acenr"),
+    ("double-letters", "crane", "ccrraannee"),
     ("caesar", "zebra", "afcsb"),
     ("roman", "394", "CCCXCIV"),
     ("roman", "48", "XLVIII"),
-    ("add", "27 35", "62"),
+    ("add-ten", "94", "104"),
     ("pig-latin", "string", "ingstray"),
     ("pig-latin", "apple", "appleway"),
-    ("morse", "sos", "... --- ..."),
     ("number-words", "342", "three hundred forty-two"),
     ("number-words", "700", "seven hundred"),
     ("number-words", "13", "thirteen"),
@@ -64,10 +63,6 @@ def test_fresh_arguments_are_never_trained_on(skill: Skill) -> None:
     assert {split_of(argument) for argument in trained} == {"train"}
     assert {split_of(argument) for argument in fresh} == {"fresh"}
     assert len(fresh) >= 20
-
-
-def test_swapped_addends_share_a_split() -> None:
-    assert all(split_of(f"{a} {b}") == split_of(f"{b} {a}") for a in range(2, 40) for b in range(2, 40))
 
 
 @pytest.mark.parametrize("skill", ALL_SKILLS, ids=lambda skill: skill.name)
