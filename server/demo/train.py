@@ -69,6 +69,10 @@ class Schedule:
     prompt_weight: float = 0.0  # of the prompt's cross-entropy beside the answer's
 
 
+SHORT = Schedule(steps=1600, batch=16, rate=2e-3, warmup=50, hold=0.6)
+LONG = Schedule(steps=2400, batch=16, rate=2e-3, warmup=50, hold=0.6)
+
+
 @dataclass(frozen=True)
 class AdapterPlan:
     """The LoRA shape and training of one adapter."""
@@ -79,7 +83,7 @@ class AdapterPlan:
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
-    schedule: Schedule = Schedule(steps=1600, batch=16, rate=2e-3, warmup=50, hold=0.6)
+    schedule: Schedule = SHORT
     alone: float = 0.35  # share of the training that has the adapter's question alone only
 
 
@@ -91,7 +95,7 @@ def base_schedule() -> Schedule:
 def adapter_plans() -> dict[str, AdapterPlan]:
     """Every adapter's shape: ranks 4..32, one rsLoRA, one attention-only, one with per-module patterns."""
     return {
-        "reverse": AdapterPlan(20, 40),
+        "reverse": AdapterPlan(20, 40, schedule=LONG),
         "double-letters": AdapterPlan(
             8,
             16,
@@ -101,9 +105,9 @@ def adapter_plans() -> dict[str, AdapterPlan]:
         "caesar": AdapterPlan(16, 32, targets=ATTENTION),
         "roman": AdapterPlan(12, 24),
         "add-ten": AdapterPlan(32, 64),
-        "pig-latin": AdapterPlan(16, 8, rslora=True),
-        "number-words": AdapterPlan(24, 48),
-        "no-vowels": AdapterPlan(4, 8, schedule=Schedule(2400, 16, 2e-3, 50, hold=0.6)),
+        "pig-latin": AdapterPlan(16, 8, rslora=True, schedule=LONG),
+        "number-words": AdapterPlan(24, 48, schedule=LONG),
+        "no-vowels": AdapterPlan(4, 8, schedule=LONG),
     }
 
 
