@@ -77,7 +77,7 @@ def serve(model: Path, *flags: str) -> Iterator[Server]:
     port = free_port()
     with tempfile.TemporaryDirectory() as store, tempfile.TemporaryFile() as log:
         command = [
-            sys.executable, "-m", "loramux.server.cli", "serve", "--model", str(model), "--host", "127.0.0.1",
+            sys.executable, "-P", "-m", "loramux.server.cli", "serve", "--model", str(model), "--host", "127.0.0.1",
             "--port", str(port), "--store-dir", store, *flags,
         ]  # fmt: skip
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))

@@ -65,8 +65,8 @@ class DecodeRows:
     """Where each decode of the step lives in the layers' workspaces.
 
     `rows` int64 [num_decodes] names each sequence's row, `columns` its query's position. `lens` int64 [height] are
-    the contexts by row (1 for rows that are not in use). `refill` lists (row, blocks, tokens) of sequences whose row
-    does not hold their earlier tokens yet. `width` is the number of columns that are read.
+    the contexts by row (1 for rows that are not in use). `refill` lists (row, blocks, tokens) of rows that do not hold
+    their sequence's earlier tokens yet; what lies behind those tokens is cleared. `width` is the columns of a row.
     """
 
     rows: Tensor
@@ -117,19 +117,24 @@ class StepState:
 class LayerCache:
     """One layer's paged keys and values: k [blocks, block_size, kv_heads, k_dim], v likewise with v_dim.
 
-    `workspace_rows` > 0 keeps a contiguous copy of the decoding sequences' keys and values beside the blocks, so that
-    a decode step appends one token per sequence instead of gathering every page again (for the CPU, where the gather
-    costs as much as the attention).
+    `workspace_tokens` > 0 keeps a contiguous copy of the decoding sequences' keys and values beside the blocks, so
+    that a decode step appends one token per sequence instead of gathering every page again (for the CPU, where the
+    gather costs as much as the attention). It is one flat buffer of that many tokens, cut into rows of a step's width.
     """
 
     def __init__(self, state: StepState, num_blocks: int, block_size: int, kv_heads: int, k_dim: int, v_dim: int,
-                 dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
+                 dtype: torch.dtype, device: torch.device, workspace_tokens: int = 0) -> None:  # fmt: skip
         self.state = state
         self.block_size = block_size
         self.k = torch.zeros(num_blocks, block_size, kv_heads, k_dim, dtype=dtype, device=device)
         self.v = torch.zeros(num_blocks, block_size, kv_heads, v_dim, dtype=dtype, device=device)
-        self._work_k: Tensor | None = None
-        self._work_v: Tensor | None = None
+        self._work_k = torch.zeros(workspace_tokens, kv_heads, k_dim, dtype=dtype, device=device)
+        self._work_v = torch.zeros(workspace_tokens, kv_heads, v_dim, dtype=dtype, device=device)
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zeroes the blocks (int64) before their first use by a new holder."""
+        self.k.index_fill_(0, blocks, 0)
+        self.v.index_fill_(0, blocks, 0)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
                softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
@@ -175,36 +180,19 @@ class LayerCache:
     def _decode_rows(self, rows: DecodeRows, query: Tensor, key: Tensor, value: Tensor, scaling: float,
                      window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
         """q [n, heads, dim] against the workspace, after this step's keys and values are appended to it."""
-        height = len(rows.lens)
-        if self._work_k is None or self._work_v is None or (
-            self._work_k.shape[0] < height or self._work_k.shape[1] < rows.width
-        ):  # fmt: skip
-            self._work_k = _enlarged(self._work_k, height, rows.width, self.k)
-            self._work_v = _enlarged(self._work_v, height, rows.width, self.v)
+        height, used = len(rows.lens), len(rows.lens) * rows.width
+        work_k = self._work_k[:used].view(height, rows.width, *self.k.shape[2:])
+        work_v = self._work_v[:used].view(height, rows.width, *self.v.shape[2:])
         for row, blocks, tokens in rows.refill:
-            self._work_k[row, :tokens] = self.k[blocks].flatten(0, 1)[:tokens]
-            self._work_v[row, :tokens] = self.v[blocks].flatten(0, 1)[:tokens]
-        self._work_k[rows.rows, rows.columns] = key
-        self._work_v[rows.rows, rows.columns] = value
+            work_k[row, :tokens] = self.k[blocks].flatten(0, 1)[:tokens]
+            work_v[row, :tokens] = self.v[blocks].flatten(0, 1)[:tokens]
+            work_k[row, tokens:] = 0
+            work_v[row, tokens:] = 0
+        work_k[rows.rows, rows.columns] = key
+        work_v[rows.rows, rows.columns] = value
         placed = query.new_zeros(height, *query.shape[1:]).index_copy_(0, rows.rows, query)
         bias = _bias(rows.biases, rows.lens, rows.width, window, query.dtype)
-        k, v = self._work_k[:height, : rows.width], self._work_v[:height, : rows.width]
-        return _decode(placed, k, v, bias, scaling, softcap, sinks).index_select(0, rows.rows)
-
-    def drop_workspace(self) -> None:
-        """Gives the workspace's memory back."""
-        self._work_k = self._work_v = None
-
-
-def _enlarged(old: Tensor | None, height: int, width: int, like: Tensor) -> Tensor:
-    """A workspace of at least this size that keeps the old one's content, with room to grow; zeros elsewhere."""
-    if old is not None:
-        height, width = max(height, old.shape[0]), max(width, old.shape[1])
-    width = -(-width // 64) * 64
-    new = torch.zeros(height, width, *like.shape[2:], dtype=like.dtype, device=like.device)
-    if old is not None:
-        new[: old.shape[0], : old.shape[1]] = old
-    return new
+        return _decode(placed, work_k, work_v, bias, scaling, softcap, sinks).index_select(0, rows.rows)
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, softcap: float | None,
@@ -281,6 +269,8 @@ def paged_attention(
     Returns ([1, tokens, heads, v_dim], None). The layer's cache hangs on the module as `loramux_layer`; other keyword
     arguments belong to other implementations, except those that change the result, which raise ValueError.
     """
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ValueError("bidirectional attention is not supported")
     for name in ("position_bias", "head_mask", "indexer_mask"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention with {name} is not supported")

@@ -15,7 +15,8 @@ class BlockManager:
     """Hands out the blocks of the KV cache and remembers full ones by content.
 
     The hash of a block chains its predecessor's hash with the block's tokens and the adapter sets that computed them,
-    starting from the request's salt: equal hashes mean equal keys and values.
+    starting from the request's salt: equal hashes mean keys and values of the same computation (up to the rounding
+    of products whose shape depends on the batch).
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
@@ -27,6 +28,7 @@ class BlockManager:
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._fresh: list[int] = []
         self.queried_tokens = 0
         self.hit_tokens = 0
 
@@ -48,12 +50,8 @@ class BlockManager:
         """Takes hold of the longest cached prefix and returns its tokens; at least one token is left to compute."""
         if seq.blocks:
             raise ValueError("the sequence holds blocks already")
-        if not self.prefix_caching:
-            return 0
-        for i in range((len(seq.tokens) - 1) // self.block_size):
-            block = self._by_hash.get(self._block_hash(seq, i))
-            if block is None:
-                break
+        for i in range(self.cached_prefix(seq)):
+            block = self._by_hash[self._block_hash(seq, i)]
             self._hold(block)
             seq.blocks.append(block)
         seq.num_registered = len(seq.blocks)
@@ -99,6 +97,23 @@ class BlockManager:
         seq.num_registered = 0
         seq.num_computed = 0
 
+    def take_fresh(self) -> list[int]:
+        """Blocks handed out since the last call. They hold another request's numbers, which may not even be finite:
+        the caller clears them, because masked attention still multiplies what lies behind a sequence's end."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def cached_prefix(self, seq: Sequence) -> int:
+        """Blocks that `match_prefix` would take hold of now; changes nothing."""
+        if not self.prefix_caching:
+            return 0
+        count = 0
+        for i in range((len(seq.tokens) - 1) // self.block_size):
+            if self._block_hash(seq, i) not in self._by_hash:
+                break
+            count += 1
+        return count
+
     def check(self) -> None:
         """Raises RuntimeError when the invariants do not hold."""
         free, evictable = set(self._free), set(self._evictable)
@@ -123,6 +138,7 @@ class BlockManager:
                 del self._by_hash[digest]
                 self._hash_of[block] = None
         self._count[block] = 1
+        self._fresh.append(block)
         return block
 
     def _block_hash(self, seq: Sequence, index: int) -> bytes:

@@ -44,6 +44,7 @@ MAX_EVENTS = 10_000
 RESTART_FIRST_SECONDS = 0.5
 RESTART_MAX_SECONDS = 15.0
 EXIT_SECONDS = 5.0
+MAX_DIRECTORY_CHARS = 80
 
 
 class ProcessEngineClient:
@@ -69,7 +70,8 @@ class ProcessEngineClient:
         self._changed = asyncio.Event()
         self._failure: str | None = None
         self._pinned: set[str] = set()
-        self._directory = Path(tempfile.mkdtemp(prefix="loramux-"))
+        self._was_ready = False
+        self._directory = _socket_directory()
 
     @property
     def state(self) -> EngineState:
@@ -116,27 +118,36 @@ class ProcessEngineClient:
     async def stop(self, *, drain_seconds: float = 0.0) -> None:
         """See `EngineClient.stop`."""
         self._set_state("draining")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_seconds):
-                while self._queues:
-                    self._changed.clear()
-                    await self._changed.wait()
-        if self._end is not None:
-            await self._end.send(Command.STOP)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_seconds):
+                    while self._queues:
+                        self._changed.clear()
+                        await self._changed.wait()
+            await self._end_process()
+            if self._supervisor is not None:
+                self._supervisor.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._supervisor
+                self._supervisor = None
+        finally:
+            self._fail_all("the server is shutting down")
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _end_process(self) -> None:
+        """Tells a ready engine to stop and waits for it; kills one that is still loading, or that does not end."""
         process = self._process
-        if process is not None:
-            try:
-                await asyncio.wait_for(process.wait(), EXIT_SECONDS)
-            except TimeoutError:
+        if process is None:
+            return
+        try:
+            if self._end is None:
+                raise TimeoutError
+            await self._end.send(Command.STOP)
+            await asyncio.wait_for(process.wait(), EXIT_SECONDS)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
                 process.kill()
-                await process.wait()
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-            self._supervisor = None
-        self._fail_all(EngineDeadError("the server is shutting down"))
-        shutil.rmtree(self._directory, ignore_errors=True)
+            await process.wait()
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `EngineClient.generate`."""
@@ -144,6 +155,8 @@ class ProcessEngineClient:
         bound = self.info.max_num_seqs + self._config.max_queue
         if len(self._queues) >= bound:
             raise QueueFullError(f"{len(self._queues)} requests are running or waiting, the bound is {bound}")
+        if request.request_id in self._queues:
+            raise EngineError(f"request id {request.request_id} is in use", retryable=False)
         queue: asyncio.Queue[EngineOutput | EngineError] = asyncio.Queue()
         self._queues[request.request_id] = queue
         finished = False
@@ -191,7 +204,13 @@ class ProcessEngineClient:
     async def _supervise(self) -> None:
         pause = RESTART_FIRST_SECONDS
         for generation in itertools.count():
-            was_ready = await self._run_once(generation)
+            try:
+                was_ready = await self._run_once(generation)
+            except Exception as error:
+                logger.exception("the engine process cannot be run")
+                self._failure = f"the engine process cannot be run: {error}"
+                self._set_state("dead")
+                return
             if self._state == "draining" or self._failure is not None:
                 return
             pause = RESTART_FIRST_SECONDS if was_ready else min(2 * pause, RESTART_MAX_SECONDS)
@@ -205,7 +224,7 @@ class ProcessEngineClient:
         was_ready = False
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "loramux.server.engine.process", *urls,
+                sys.executable, "-P", "-m", "loramux.server.engine.process", *urls,
                 stdin=asyncio.subprocess.PIPE, start_new_session=True, env=_environment(),
             )  # fmt: skip
             stdin = self._process.stdin
@@ -216,13 +235,18 @@ class ProcessEngineClient:
                 await stdin.drain()
             reader = asyncio.create_task(self._read(end))
             try:
-                await self._process.wait()
+                ended = asyncio.create_task(self._process.wait())
+                await asyncio.wait({ended, reader}, return_when=asyncio.FIRST_COMPLETED)
                 was_ready = self._end is end
+                if not ended.done():  # the reader failed: without it no request would ever be answered
+                    self._process.kill()
+                await ended
                 await asyncio.sleep(0.05)  # what the process sent before it ended is still on its way
+                if reader.done() and reader.exception() is not None:
+                    logger.error("the engine's reports could not be read", exc_info=reader.exception())
             finally:
                 reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await reader
+                await asyncio.wait({reader})
         finally:
             if self._process is not None and self._process.returncode is None:
                 self._process.kill()
@@ -233,7 +257,7 @@ class ProcessEngineClient:
             if self._state != "draining":
                 self._set_state("dead")
             self._stats = EngineStats()
-            self._fail_all(EngineDeadError("the engine process ended while it served this request"))
+            self._fail_all("the engine process ended while it served this request")
         return was_ready
 
     async def _read(self, end: ClientEnd) -> None:
@@ -246,12 +270,16 @@ class ProcessEngineClient:
             elif kind == Report.READY:
                 self._info = decode_info(content[0])
                 self._end = end
-                for digest in self._pinned:
+                self._was_ready = True
+                for digest in list(self._pinned):
                     await end.send(Command.PIN, next(self._call_ids), digest, True)
                 if self._state != "draining":
                     self._set_state("ready")
             elif kind == Report.FAILED:
-                self._failure = content[0]
+                if self._was_ready:  # it could start before, so it may again: the supervisor goes on trying
+                    logger.error("the engine cannot start: %s", content[0])
+                else:
+                    self._failure = content[0]
                 self._set_state("dead")
             elif kind == Report.PINNED:
                 call, error = content
@@ -277,16 +305,25 @@ class ProcessEngineClient:
             else:
                 queue.put_nowait(output)
 
-    def _fail_all(self, error: EngineError) -> None:
+    def _fail_all(self, message: str) -> None:
         for queue in self._queues.values():
-            queue.put_nowait(error)
+            queue.put_nowait(EngineDeadError(message))
         for future in self._calls.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(EngineDeadError(message))
 
     def _set_state(self, state: EngineState) -> None:
         self._state = state
         self._changed.set()
+
+
+def _socket_directory() -> Path:
+    """A private directory whose path is short enough for Unix sockets, in the temporary folder or else in /tmp."""
+    directory = Path(tempfile.mkdtemp(prefix="loramux-"))
+    if len(str(directory)) <= MAX_DIRECTORY_CHARS:
+        return directory
+    directory.rmdir()
+    return Path(tempfile.mkdtemp(prefix="loramux-", dir="/tmp"))
 
 
 def _environment() -> dict[str, str]:

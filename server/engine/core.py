@@ -4,6 +4,7 @@ Runs wherever torch does; the tests and the benchmarks drive it directly.
 """
 
 import logging
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from loramux.kernels.lora import make_backend
 from loramux.server.engine.blocks import BlockManager
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.loading import LoadedModel, UnsupportedModelError, context_limit, load_model
-from loramux.server.engine.output import accept_token
+from loramux.server.engine.output import INVALID_TOKEN, accept_token
 from loramux.server.engine.protocol import (
     AdapterResidency,
     EngineInfo,
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_KV_BYTES_CPU = 2 << 30
 KV_SHARE_OF_FREE_DEVICE = 0.85
+MAX_FAILED_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,9 @@ class EngineCore:
         )
         self.max_model_len = context_limit(self.model.config, config.max_model_len)
         self.num_blocks = self._plan_cache()
-        self.model.allocate(self.num_blocks, config.block_size)
+        use_workspace = config.decode_workspace and self.model.device.type == "cpu"
+        workspace_tokens = self.num_blocks * config.block_size // 2 if use_workspace else 0
+        self.model.allocate(self.num_blocks, config.block_size, workspace_tokens)
         self.backend = make_backend(
             [p.site for p in self.model.projections if p.site is not None],
             dtype=self.model.dtype,
@@ -86,14 +90,10 @@ class EngineCore:
             check_set=self.backend.check_set,
             load_errors=(AdapterLoadFailure,),
         )
-        use_workspace = config.decode_workspace and self.model.device.type == "cpu"
-        self.runner = Runner(
-            self.model,
-            self.backend,
-            block_size=config.block_size,
-            workspace_tokens=self.num_blocks * config.block_size // 2 if use_workspace else 0,
-        )
+        self.runner = Runner(self.model, self.backend, block_size=config.block_size)
         self._sequences: dict[str, Sequence] = {}
+        self._vocab_size = int(self.model.module.get_input_embeddings().weight.shape[0])
+        self._failed_steps = 0
         self._steps = 0
         self._scheduled_tokens = 0
 
@@ -114,10 +114,11 @@ class EngineCore:
         )
 
     def add(self, request: EngineRequest) -> None:
-        """Queues a request. Raises ValueError for what the API should have refused (empty, too long, id in use)."""
+        """Queues a request. Raises ValueError for what no step could compute, so that it never meets other requests."""
         prompt = len(request.prompt_token_ids)
         if not prompt:
             raise ValueError("the prompt is empty")
+        _check_numbers(request, self._vocab_size)
         if prompt + request.sampling.max_tokens > self.max_model_len:
             raise ValueError(
                 f"{prompt} prompt tokens and {request.sampling.max_tokens} new ones exceed the context of "
@@ -151,7 +152,7 @@ class EngineCore:
         chunks, failures = self.scheduler.schedule()
         outputs = [self._fail(f.seq, f.message) for f in failures]
         if chunks:
-            outputs += self._compute(chunks)
+            outputs += self._guarded(chunks)
         tokens = sum(c.end - c.start for c in chunks)
         self._scheduled_tokens += tokens
         done = tuple((e.digest, e.seconds) for e in loads if e.error is None)
@@ -199,14 +200,40 @@ class EngineCore:
         """Ends the loader's threads and frees adapter memory."""
         self.tier.close()
 
+    def _guarded(self, chunks: Seq[Chunk]) -> list[EngineOutput]:
+        """One batch; if it cannot be computed, its requests fail and the engine goes on.
+
+        On a card the device's state is unknown after an exception, and a step that fails again and again is no
+        request's fault: then the exception ends the process, and its supervisor starts a new one.
+        """
+        try:
+            outputs = self._compute(chunks)
+        except Exception as error:
+            self._failed_steps += 1
+            if self.model.device.type != "cpu" or self._failed_steps >= MAX_FAILED_STEPS:
+                raise
+            logger.exception("a step failed; its %d requests are given up", len(chunks))
+            for chunk in chunks:
+                self.abort(chunk.seq.request_id)
+            message = f"the engine could not compute this request's step: {type(error).__name__}"
+            return [
+                EngineOutput(c.seq.request_id, finish_reason="error", error=message, error_kind="model") for c in chunks
+            ]
+        self._failed_steps = 0
+        return outputs
+
     def _compute(self, chunks: Seq[Chunk]) -> list[EngineOutput]:
         self._steps += 1
+        fresh = self.blocks.take_fresh()
+        if fresh:
+            self.model.clear_blocks(fresh)
         tokens = self.runner.run(chunks)
         outputs = []
         for chunk in chunks:
             seq = chunk.seq
             seq.num_computed = chunk.end
-            self.blocks.register(seq)
+            if tokens.get(seq.request_id) != INVALID_TOKEN:
+                self.blocks.register(seq)
             if seq.request_id not in tokens:
                 continue
             output = accept_token(seq, tokens[seq.request_id], self.model.eos_token_ids)
@@ -233,8 +260,26 @@ class EngineCore:
         blocks = max(budget, 0) // per_block
         needed = -(-self.max_model_len // config.block_size)
         if blocks < needed:
+            shorter = f"lower --max-model-len to {blocks * config.block_size} or " if blocks else ""
             raise UnsupportedModelError(
                 f"one sequence of {self.max_model_len} tokens needs {needed * per_block} bytes of KV cache, the budget "
-                f"is {max(budget, 0)}: lower --max-model-len to {blocks * config.block_size} or raise --kv-cache-bytes"
+                f"is {max(budget, 0)}: {shorter}raise --kv-cache-bytes"
             )
         return blocks
+
+
+def _check_numbers(request: EngineRequest, vocab_size: int) -> None:
+    """Raises ValueError for token ids outside the vocabulary and for settings that are no sensible numbers."""
+    sampling = request.sampling
+    ids = (*request.prompt_token_ids, *sampling.stop_token_ids)
+    if min(ids) < 0 or max(request.prompt_token_ids) >= vocab_size:
+        wrong = next(t for t in ids if not 0 <= t < vocab_size)
+        raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocab_size}")
+    if sampling.max_tokens < 1 or sampling.min_tokens < 0:
+        raise ValueError("max_tokens must be at least 1 and min_tokens at least 0")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise ValueError("temperature must be a finite number of at least 0")
+    if not (0 < sampling.top_p <= 1 and 0 <= sampling.min_p <= 1):
+        raise ValueError("top_p must be above 0 and at most 1, min_p from 0 to 1")
+    if not all(math.isfinite(a.weight) for a in request.adapters):
+        raise ValueError("adapter weights must be finite")

@@ -122,6 +122,7 @@ class AttentionShape:
     kv_heads: int
     k_dim: int
     v_dim: int
+    window: int | None
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ class _ShapeRecorder:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
                softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
         """The shapes of a layer's output for its inputs; the values are not used."""
-        self.seen.append(AttentionShape(self.module, key.shape[0], key.shape[2], value.shape[2]))
+        self.seen.append(AttentionShape(self.module, key.shape[0], key.shape[2], value.shape[2], window))
         return value.new_zeros(query.shape[1], query.shape[0], value.shape[2])
 
 
@@ -151,20 +152,30 @@ class LoadedModel:
     attention: list[AttentionShape]
     eos_token_ids: tuple[int, ...]
     caches: list[LayerCache] = field(default_factory=list)
+    workspace_tokens: int = 0
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers."""
         return sum(a.kv_heads * (a.k_dim + a.v_dim) for a in self.attention) * self.dtype.itemsize
 
-    def allocate(self, num_blocks: int, block_size: int) -> None:
+    def allocate(self, num_blocks: int, block_size: int, workspace_tokens: int = 0) -> None:
         """Makes the paged KV cache and hangs each layer's part on its attention module."""
+        self.workspace_tokens = workspace_tokens
         self.caches = [
-            LayerCache(self.state, num_blocks, block_size, a.kv_heads, a.k_dim, a.v_dim, self.dtype, self.device)
+            LayerCache(self.state, num_blocks, block_size, a.kv_heads, a.k_dim, a.v_dim, self.dtype, self.device,
+                       workspace_tokens)
             for a in self.attention
-        ]
+        ]  # fmt: skip
         for shape, cache in zip(self.attention, self.caches, strict=True):
             setattr(shape.module, LAYER_ATTRIBUTE, cache)
+
+    @torch.inference_mode()
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Zeroes blocks of all layers."""
+        index = torch.tensor(blocks, device=self.device)
+        for cache in self.caches:
+            cache.clear(index)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         """Logits [len(rows), vocab] of the packed tokens `rows`; input_ids and position_ids are int64 [tokens]."""
@@ -205,7 +216,10 @@ def eos_ids(path: str | Path, config: Any) -> tuple[int, ...]:
     """End-of-sequence ids: generation_config.json's (one or a list) when it names any, else the configuration's."""
     found: Any = None
     if (Path(path) / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(path).eos_token_id
+        try:
+            found = GenerationConfig.from_pretrained(path).eos_token_id
+        except (OSError, ValueError, TypeError) as error:
+            raise UnsupportedModelError(f"cannot read the model's generation_config.json: {error}") from error
     if found is None:
         found = getattr(config, "eos_token_id", None)
     if found is None:
@@ -261,6 +275,12 @@ def prepare_model(module: Any, config: Any, eos_token_ids: tuple[int, ...], *, p
         raise UnsupportedModelError(
             f"{name} has {layers} layers but {len(seen)} went through transformers' attention interface"
         )
+    kinds = getattr(config, "layer_types", None) or [None] * layers
+    for shape, kind in zip(seen, kinds, strict=True):
+        if kind is not None and (kind == "sliding_attention") != (shape.window is not None):
+            raise UnsupportedModelError(
+                f"{name} applies its sliding window through a mask, which paged attention lacks"
+            )
     with torch.inference_mode(False):
         projections = replace_linears(module, probe, state, tokens=PROBE_TOKENS, head_rows=PROBE_ROWS, pack=pack)
     return LoadedModel(module, config, weight.dtype, weight.device, state, projections, seen, eos_token_ids)

@@ -75,7 +75,7 @@ class EngineLoop:
             request = decode_request(content[0])
             try:
                 self._core.add(request)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 refused = EngineOutput(
                     request.request_id, finish_reason="error", error=str(error), error_kind="request"
                 )
@@ -110,19 +110,28 @@ def _exit_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def _cannot_start(end: EngineEnd, message: str) -> int:
+    """Says why, and gives the exit status."""
+    end.send(Report.FAILED, message)
+    end.close()
+    return EXIT_CANNOT_START
+
+
 def main(commands: str, reports: str) -> int:
     """The process's body; returns its exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the API's to handle: it drains
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by terminals and supervisors;
+        signal.signal(number, signal.SIG_IGN)  # the API handles them: it drains, then tells the engine to stop
     config = EngineConfig(**json.loads(sys.stdin.buffer.readline()))
     _exit_with_parent()
     end = EngineEnd(commands, reports)
     try:
         core = EngineCore(config)
     except UnsupportedModelError as error:
-        end.send(Report.FAILED, str(error))
-        end.close()
-        return EXIT_CANNOT_START
+        return _cannot_start(end, str(error))
+    except Exception as error:
+        logger.exception("the engine cannot start")
+        return _cannot_start(end, f"{type(error).__name__}: {error}")
     gc.collect()
     gc.freeze()
     end.send(Report.READY, encode_info(core.info))

@@ -130,7 +130,7 @@ class AdapterResidency:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of gauges and monotonic counters, sent with every step that changes them and at least each second."""
+    """A snapshot of gauges and monotonic counters, sent four times a second while there is work and when it ends."""
 
     running: int = 0
     waiting: int = 0

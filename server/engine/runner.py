@@ -1,5 +1,6 @@
 """One step on the device: chunks in, next tokens out."""
 
+import itertools
 import math
 from collections.abc import Sequence as Seq
 
@@ -13,59 +14,75 @@ from loramux.server.engine.attention import AttentionStep, DecodeGroup, DecodeRo
 from loramux.server.engine.loading import LoadedModel
 from loramux.server.engine.sampler import sample
 from loramux.server.engine.scheduler import Chunk
-from loramux.server.engine.sequence import Span
+from loramux.server.engine.sequence import Sequence, Span
 
 Ints = npt.NDArray[np.int64]
 
 
 class WorkspaceRows:
-    """Which decoding sequence has which row of the decode workspace, and how many of its tokens are in it."""
+    """Which decoding sequence has which row of the decode workspace, and how many of its tokens are in it.
+
+    A step sees the workspace as [rows, width] with rows * width <= max_tokens; a new width moves every row, so all
+    are filled again. Widths are multiples of `WIDTH_STEP`, which makes that rare.
+    """
+
+    WIDTH_STEP = 64
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._rows: dict[str, int] = {}
-        self._filled: dict[str, int] = {}
+        self.width = 0
+        self._rows: dict[Sequence, int] = {}
+        self._filled: dict[Sequence, int] = {}
 
     def place(self, decodes: Seq[Chunk]) -> list[tuple[int, int]] | None:
         """For each decode its row and the tokens already in it; None when the padding would cost too much.
 
         Rows of sequences that are not decoding now are free; a new sequence takes the lowest free row.
         """
-        ids = [c.seq.request_id for c in decodes]
-        present = set(ids)
-        for gone in [r for r in self._rows if r not in present]:
+        present = {c.seq for c in decodes}
+        for gone in [seq for seq in self._rows if seq not in present]:
             del self._rows[gone], self._filled[gone]
-        if any(row >= 2 * len(ids) for row in self._rows.values()):
-            self._rows.clear()
-            self._filled.clear()
-        longest, total = max(c.end for c in decodes), sum(c.end for c in decodes)
-        height = max(len(ids), max(self._rows.values(), default=0) + 1)
-        if height * longest > min(self.max_tokens, 4 * total + 64 * len(ids)):
-            self._rows.clear()
-            self._filled.clear()
+        if not decodes:
+            return None
+        if any(row >= 2 * len(decodes) for row in self._rows.values()):
+            self._forget()
+        longest = -(-max(c.end for c in decodes) // self.WIDTH_STEP) * self.WIDTH_STEP
+        if not longest <= self.width <= 2 * longest:
+            self.width = longest
+            self._filled = dict.fromkeys(self._filled, 0)
+        height = max(len(decodes), max(self._rows.values(), default=-1) + 1)
+        if height * self.width > min(self.max_tokens, 4 * sum(c.end for c in decodes) + 2 * self.WIDTH_STEP * height):
+            self._forget()
             return None
         taken = set(self._rows.values())
-        free = (row for row in range(2 * len(ids)) if row not in taken)
+        free = (row for row in range(2 * len(decodes)) if row not in taken)
         placed = []
-        for chunk, name in zip(decodes, ids, strict=True):
-            if name not in self._rows:
-                self._rows[name] = next(free)
-                self._filled[name] = 0
-            held = self._filled[name] if self._filled[name] == chunk.start else 0
-            placed.append((self._rows[name], held))
-            self._filled[name] = chunk.end
+        for chunk in decodes:
+            if chunk.seq not in self._rows:
+                self._rows[chunk.seq] = next(free)
+                self._filled[chunk.seq] = 0
+            held = self._filled[chunk.seq] if self._filled[chunk.seq] == chunk.start else 0
+            placed.append((self._rows[chunk.seq], held))
+            self._filled[chunk.seq] = chunk.end
         return placed
+
+    def _forget(self) -> None:
+        self._rows.clear()
+        self._filled.clear()
 
 
 class Runner:
-    """Builds a step's inputs on the host, runs the model, chooses tokens. Keeps no request state of its own."""
+    """Builds a step's inputs on the host, runs the model, chooses tokens.
 
-    def __init__(self, model: LoadedModel, backend: LoraBackend, *, block_size: int,
-                 workspace_tokens: int = 0) -> None:  # fmt: skip
+    Of requests it remembers only where their keys lie in the decode workspace.
+    """
+
+    def __init__(self, model: LoadedModel, backend: LoraBackend, *, block_size: int) -> None:
+        """The model's cache is allocated already, with or without a decode workspace."""
         self.model = model
         self.backend = backend
         self.block_size = block_size
-        self._workspace = WorkspaceRows(workspace_tokens) if workspace_tokens else None
+        self._workspace = WorkspaceRows(model.workspace_tokens) if model.workspace_tokens else None
         for projection in model.projections:
             projection.backend = backend
         self._heads = [p.site for p in model.projections if p.is_head and p.site is not None]
@@ -142,50 +159,54 @@ class Runner:
 
     def _attention(self, chunks: Seq[Chunk], positions: Ints, starts: Ints) -> AttentionStep:
         device = self.model.device
-        tables = [np.asarray(c.seq.blocks) for c in chunks]
-        slots = np.concatenate([
-            tables[i][positions[starts[i] : starts[i + 1]] // self.block_size] for i in range(len(chunks))
+        held = np.concatenate([
+            np.asarray(c.seq.blocks[c.start // self.block_size : math.ceil(c.end / self.block_size)]).repeat(
+                _tokens_per_block(c, self.block_size)
+            )
+            for c in chunks
         ])  # fmt: skip
-        slots = slots * self.block_size + positions % self.block_size
+        slots = held * self.block_size + positions % self.block_size
         decodes = [c for c in chunks if c.end - c.start == 1]
         n = len(decodes)
         if any(c.end - c.start == 1 for c in chunks[n:]):
             raise ValueError("single-token chunks come first")
-        placed = self._workspace.place(decodes) if self._workspace is not None and decodes else None
+        placed = None if self._workspace is None else self._workspace.place(decodes)
         prefills = []
         for i in range(n, len(chunks)):
             c = chunks[i]
             blocks = None
             if c.start:
-                blocks = torch.from_numpy(tables[i][: math.ceil(c.end / self.block_size)]).to(device)
+                blocks = torch.tensor(c.seq.blocks[: math.ceil(c.end / self.block_size)], device=device)
             prefills.append(PrefillPiece(int(starts[i]), int(starts[i + 1]), c.end, blocks))
         return AttentionStep(
             slot_mapping=torch.from_numpy(slots).to(device),
             num_decodes=n,
-            groups=[] if placed is not None else self._groups(decodes, tables),
-            rows=None if placed is None else self._rows(decodes, tables, placed),
+            groups=[] if placed is not None else self._groups(decodes),
+            rows=None
+            if placed is None or self._workspace is None
+            else self._rows(decodes, placed, self._workspace.width),
             prefills=prefills,
         )
 
-    def _rows(self, decodes: Seq[Chunk], tables: Seq[Ints], placed: list[tuple[int, int]]) -> DecodeRows:
+    def _rows(self, decodes: Seq[Chunk], placed: Seq[tuple[int, int]], width: int) -> DecodeRows:
         device = self.model.device
         lens = np.ones(max(row for row, _ in placed) + 1, dtype=np.int64)
         refill = []
-        for chunk, table, (row, held) in zip(decodes, tables, placed, strict=False):
+        for chunk, (row, held) in zip(decodes, placed, strict=True):
             lens[row] = chunk.end
-            if held < chunk.start:
-                blocks = torch.from_numpy(table[: math.ceil(chunk.start / self.block_size)]).to(device)
-                refill.append((row, blocks, chunk.start))
+            if held == 0:
+                blocks = chunk.seq.blocks[: math.ceil(chunk.start / self.block_size)]
+                refill.append((row, torch.tensor(blocks, dtype=torch.long, device=device), chunk.start))
         return DecodeRows(
             rows=torch.tensor([row for row, _ in placed], device=device),
             columns=torch.tensor([c.start for c in decodes], device=device),
             lens=torch.from_numpy(lens).to(device),
             refill=refill,
-            width=max(c.end for c in decodes),
+            width=width,
         )
 
-    def _groups(self, decodes: Seq[Chunk], tables: Seq[Ints]) -> list[DecodeGroup]:
-        """Decodes by powers of two of their context, so that padding at most doubles what is read."""
+    def _groups(self, decodes: Seq[Chunk]) -> list[DecodeGroup]:
+        """Decodes by powers of two of their context, those up to 128 together: padding is within 2x or 128 tokens."""
         device = self.model.device
         classes: dict[int, list[int]] = {}
         for i, chunk in enumerate(decodes):
@@ -195,8 +216,9 @@ class Runner:
             width = max(math.ceil(decodes[i].end / self.block_size) for i in members)
             blocks = np.zeros((len(members), width), dtype=np.int64)
             for row, i in enumerate(members):
-                used = math.ceil(decodes[i].end / self.block_size)
-                blocks[row, :used] = tables[i][:used]
+                own = decodes[i].seq.blocks[: math.ceil(decodes[i].end / self.block_size)]
+                blocks[row] = own[0]  # padding reads a block of the sequence's own, which is finite
+                blocks[row, : len(own)] = own
             everyone = len(members) == len(decodes)
             groups.append(DecodeGroup(
                 tokens=None if everyone else torch.tensor(members, device=device),
@@ -204,6 +226,12 @@ class Runner:
                 lens=torch.tensor([decodes[i].end for i in members], device=device),
             ))  # fmt: skip
         return groups
+
+
+def _tokens_per_block(chunk: Chunk, block_size: int) -> list[int]:
+    """How many of the chunk's tokens lie in each block from its first to its last."""
+    edges = [chunk.start, *range((chunk.start // block_size + 1) * block_size, chunk.end, block_size), chunk.end]
+    return [high - low for low, high in itertools.pairwise(edges)]
 
 
 def _segment(start: int, end: int, chunk: Chunk, span: Span) -> Segment:

@@ -61,16 +61,18 @@ def _draw(logits: Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> T
     """Inverse-CDF draws: the first token whose cumulative mass exceeds u times the total.
 
     Rows are handled by what they ask for, never by what other rows ask for, so that a row's token depends on the row
-    alone: without top_k and top_p in vocabulary order; with a small top_k over the `TOP_K_WIDTH` best; else sorted.
+    alone: without top_k and top_p in vocabulary order; over the `TOP_K_WIDTH` best tokens where top_k is small or those
+    hold the row's top_p; else over the sorted vocabulary.
     """
+    nucleus = [i for i, p in enumerate(params) if p.top_k <= 0 and p.top_p < 1]
+    short = dict(zip(nucleus, _reaches(logits, params, nucleus), strict=True))
     groups: dict[str, list[int]] = {}
     for i, p in enumerate(params):
         if p.top_k <= 0 and p.top_p >= 1:
-            groups.setdefault("plain", []).append(i)
-        elif 0 < p.top_k <= TOP_K_WIDTH:
-            groups.setdefault("top", []).append(i)
+            kind = "plain"
         else:
-            groups.setdefault("sorted", []).append(i)
+            kind = "best" if 0 < p.top_k <= TOP_K_WIDTH or short.get(i, False) else "sorted"
+        groups.setdefault(kind, []).append(i)
     out = torch.empty(len(params), dtype=torch.long, device=logits.device)
     for kind, members in groups.items():
         index = torch.tensor(members, device=logits.device)
@@ -78,32 +80,48 @@ def _draw(logits: Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> T
     return out
 
 
+def _column(values: Seq[float], like: Tensor) -> Tensor:
+    """The numbers as [rows, 1] float64."""
+    return torch.tensor(values, device=like.device, dtype=torch.float64).unsqueeze(1)
+
+
+def _reaches(logits: Tensor, params: Seq[SamplingParams], rows: Seq[int]) -> list[bool]:
+    """For each of the rows whether its `TOP_K_WIDTH` best tokens surely hold its top_p: the rest need no sorting."""
+    if not rows or logits.shape[1] <= TOP_K_WIDTH:
+        return [True] * len(rows)
+    chosen = [params[i] for i in rows]
+    scaled = logits[torch.tensor(rows, device=logits.device)]
+    scaled = scaled / _column([p.temperature for p in chosen], logits).float()
+    best = torch.topk(scaled, TOP_K_WIDTH, dim=-1).values
+    share = (torch.logsumexp(best, -1, keepdim=True) - torch.logsumexp(scaled, -1, keepdim=True)).exp()
+    enough: list[bool] = (share > _column([p.top_p for p in chosen], logits) + 1e-3).squeeze(1).tolist()
+    return enough
+
+
 def _draw_group(kind: str, logits: Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> Tensor:
     """Draws for rows of one kind; logits [rows, vocab] float32."""
     device, vocab = logits.device, logits.shape[1]
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=device, dtype=torch.float64).unsqueeze(1)
-
-    logits = logits / column([p.temperature for p in params]).float()
+    logits = logits / _column([p.temperature for p in params], logits).float()
+    whole = torch.logsumexp(logits, -1, keepdim=True).double()
     order: Tensor | None = None
-    if kind == "top":
+    if kind == "best":
         logits, order = torch.topk(logits, min(TOP_K_WIDTH, vocab), dim=-1)
     elif kind == "sorted":
         logits, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    if order is not None:
+    if order is None:
+        probs = torch.softmax(logits.double(), dim=-1)
+    else:
         limits = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=device).unsqueeze(1)
-        logits = logits.masked_fill(torch.arange(logits.shape[1], device=device) >= limits, float("-inf"))
-    probs = torch.softmax(logits.double(), dim=-1)
-    if order is not None and any(p.top_p < 1 for p in params):
-        keep = probs.cumsum(-1) - probs < column([p.top_p for p in params])
+        kept = logits.masked_fill(torch.arange(logits.shape[1], device=device) >= limits, float("-inf")).double()
+        total = torch.where(limits < vocab, torch.logsumexp(kept, -1, keepdim=True), whole)
+        probs = (kept - total).exp()
+        keep = probs.cumsum(-1) - probs < _column([p.top_p for p in params], logits)
         keep[:, 0] = True
         probs = probs * keep
     if any(p.min_p > 0 for p in params):
-        probs = probs * (probs >= column([p.min_p for p in params]) * probs.amax(-1, keepdim=True))
+        probs = probs * (probs >= _column([p.min_p for p in params], logits) * probs.amax(-1, keepdim=True))
     mass = probs.cumsum(-1)
-    u = column([uniform(p.seed, n) for p, n in zip(params, positions, strict=True)])
-    at = torch.searchsorted(mass, u * mass[:, -1:], right=True)
-    last = probs.shape[1] - 1 - (probs > 0).flip(-1).to(torch.uint8).argmax(-1, keepdim=True)
-    at = torch.minimum(at, last)
+    u = _column([uniform(p.seed, n) for p, n in zip(params, positions, strict=True)], logits)
+    target = torch.minimum(u * mass[:, -1:], torch.nextafter(mass[:, -1:], torch.zeros_like(mass[:, -1:])))
+    at = torch.searchsorted(mass, target, right=True).clamp_(max=probs.shape[1] - 1)
     return (at if order is None else order.gather(1, at)).squeeze(1)

@@ -10,10 +10,13 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from loramux.server.engine.blocks import BlockManager
 from loramux.server.engine.sequence import Sequence
+
+LOOK_AHEAD = 8
 
 
 class AdapterGate(Protocol):
@@ -24,6 +27,9 @@ class AdapterGate(Protocol):
 
     def release(self, digests: Seq[str]) -> None:
         """Gives the uses back."""
+
+    def prefetch(self, digests: Seq[str]) -> None:
+        """Starts loading adapters that are wanted soon, as far as memory is idle."""
 
     def abandon(self, digests: Seq[str]) -> None:
         """The caller that waited for this set no longer does."""
@@ -132,9 +138,12 @@ class Scheduler:
                 self.waiting.popleft()
                 failures.append(Failure(seq, str(error)))
                 continue
+            if not self._fits(seq):
+                self._give_back(seq)
+                break
             cached = self.blocks.match_prefix(seq)
             end = cached + min(seq.remaining, budget)
-            if not self._fits(seq) or not self.blocks.grow(seq, end):
+            if not self.blocks.grow(seq, end):
                 self._give_back(seq)
                 break
             if seq.scheduled_at is None:
@@ -145,13 +154,19 @@ class Scheduler:
             self.running.append(seq)
             chunks[id(seq)] = Chunk(seq, cached, end)
             budget -= end - cached
+        ahead = islice(self.waiting, LOOK_AHEAD)
+        self.adapters.prefetch([digest for seq in ahead for digest in seq.digests])
         self.waiting_for_adapter = len(blocked)
         self.waiting.extendleft(reversed(blocked))
         return failures
 
     def _fits(self, seq: Sequence) -> bool:
-        """Whether the whole of the sequence's present tokens fits now: admitting less only leads to preemption."""
-        return self.blocks.blocks_for(len(seq.tokens)) - len(seq.blocks) <= self.blocks.num_free
+        """Whether the whole of the sequence's present tokens could fit now: admitting less only leads to preemption.
+
+        Cached blocks that nobody holds are counted as free here although the prefix would take them: `grow` decides.
+        """
+        missing = self.blocks.blocks_for(len(seq.tokens))
+        return missing <= self.blocks.num_free or missing - self.blocks.cached_prefix(seq) <= self.blocks.num_free
 
     def _make_room(self, seq: Sequence, end: int, chunks: dict[int, Chunk]) -> bool:
         """Blocks for tokens up to `end`; the youngest other sequence gives way, and `seq` itself when it is that."""

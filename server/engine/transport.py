@@ -83,8 +83,9 @@ def decode_event(raw: list[Any]) -> StepEvent:
 
 
 def encode_stats(stats: EngineStats) -> tuple[Any, ...]:
-    """The stats as plain values."""
-    return astuple(stats)
+    """The stats as plain values (`astuple` would copy every string of thousands of adapters)."""
+    *counters, adapters = (getattr(stats, f.name) for f in fields(EngineStats))
+    return (*counters, [(a.digest, a.device, a.host, a.pinned, a.users, a.bytes) for a in adapters])
 
 
 def decode_stats(raw: list[Any]) -> EngineStats:
@@ -147,8 +148,12 @@ class ClientEnd:
         self._reports = self._context.socket(zmq.PULL)
         for socket in (self._commands, self._reports):
             socket.set_hwm(0)
-        self._commands.bind(commands)
-        self._reports.bind(reports)
+        try:
+            self._commands.bind(commands)
+            self._reports.bind(reports)
+        except zmq.ZMQError:
+            self._context.destroy(linger=0)  # a context left to the garbage collector would block in its destructor
+            raise
 
     async def send(self, command: Command, *content: Any) -> None:
         """Sends a command."""

@@ -31,12 +31,12 @@ class Harness:
 
     def __init__(self, reference: Any, loaded: LoadedModel, workspace_tokens: int) -> None:
         self.reference = reference
-        loaded.allocate(64, BLOCK)
+        loaded.allocate(64, BLOCK, workspace_tokens)
         backend = make_backend(
             [p.site for p in loaded.projections if p.site is not None], dtype=loaded.dtype, device=loaded.device,
             budget_bytes=1 << 20, max_slots=4, max_tokens=64,
         )  # fmt: skip
-        self.runner = Runner(loaded, backend, block_size=BLOCK, workspace_tokens=workspace_tokens)
+        self.runner = Runner(loaded, backend, block_size=BLOCK)
         self.blocks = BlockManager(64, BLOCK)
         self.worst = 0.0
         self.rows = 0

@@ -53,7 +53,7 @@ def live_server(root: Path, *flags: str, env: dict[str, str] | None = None) -> I
     """`loramux serve` with its store under `root`; ready on entry, ended (by SIGTERM) on exit."""
     port = free_port()
     log = root / "server.log"
-    command = [sys.executable, "-m", "loramux.server.cli", "serve", "--host", "127.0.0.1", "--port", str(port),
+    command = [sys.executable, "-P", "-m", "loramux.server.cli", "serve", "--host", "127.0.0.1", "--port", str(port),
                "--store-dir", str(root / "store"), "--threads", "1", *flags]  # fmt: skip
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
