@@ -73,7 +73,7 @@ def answer_all(tokenizer: Any, model: Any, adapter: str, prompts: list[str], bat
             inputs = tokenizer.apply_chat_template(
                 chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
             )
-            output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = text
@@ -135,17 +135,14 @@ def measure(tokenizer: Any, model: Any, n: int, columns: tuple[str, ...] = COLUM
 
 
 def missed_bars(accuracy: dict[tuple[str, str], float]) -> list[str]:
-    """What misses its bar, in words: alone, and in composites as the mean of the three positions.
-
-    Held-out wordings have no bar.
-    """
+    """What misses its bar, in words. The bars are on questions asked alone; composites and held-out wordings are shown
+    without one."""
     missed = []
     adapted = {skill for skill, column in accuracy if column == "base"}
     for skill in sorted({skill for skill, _ in accuracy}):
         floor = RIGHT_KNOWS if skill in adapted else BASE_KNOWS
-        composites = sum(accuracy[skill, column] for column in POSITIONS) / len(POSITIONS)
-        known = {"alone": accuracy[skill, "alone"], "in composites": composites}
-        missed += [f"{skill} {where}: {share:.1%} < {floor:.0%}" for where, share in known.items() if share < floor]
+        if accuracy[skill, "alone"] < floor:
+            missed.append(f"{skill}: {accuracy[skill, 'alone']:.1%} < {floor:.0%}")
         if skill in adapted:
             for column, ceiling in (("base", BASE_LACKS), ("wrong", WRONG_LACKS)):
                 if accuracy[skill, column] > ceiling:
@@ -156,8 +153,8 @@ def missed_bars(accuracy: dict[tuple[str, str], float]) -> list[str]:
 def tables(accuracy: dict[tuple[str, str], float]) -> tuple[Table, Table]:
     """The base's skills by the base, and the adapters' skills by the base, a wrong and the right adapter."""
     adapted = {skill for skill, column in accuracy if column == "base"}
-    own = Table("skill", title=f"base model, its own skills (bar: alone and in composites >= {BASE_KNOWS:.0%})")
-    bars = f"base <= {BASE_LACKS:.0%}, wrong <= {WRONG_LACKS:.0%}, alone and in composites >= {RIGHT_KNOWS:.0%}"
+    own = Table("skill", title=f"base model, its own skills (bar: alone >= {BASE_KNOWS:.0%})")
+    bars = f"base <= {BASE_LACKS:.0%}, wrong <= {WRONG_LACKS:.0%}, alone >= {RIGHT_KNOWS:.0%}"
     learnt = Table("skill", title=f"adapters ({bars})")
     for table, rows, columns in (
         (own, {skill for skill, _ in accuracy} - adapted, ("alone", *POSITIONS, "held-out")),
