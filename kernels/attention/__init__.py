@@ -1,0 +1,38 @@
+"""Paged attention: KV write, prefill against a cached prefix, and decode, over blocks that the engine owns."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .interface import AttentionBackend, AttentionBatch, AttentionLimits, AttentionPlan, AttentionShape
+from .reference import attend_reference, write_reference
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionLimits",
+    "AttentionPlan",
+    "AttentionShape",
+    "attend_reference",
+    "make_backend",
+    "write_reference",
+]
+
+
+def make_backend(
+    shapes: Sequence[AttentionShape],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    block_size: int,
+    limits: AttentionLimits,
+) -> AttentionBackend:
+    """The backend for a model whose layers have these shapes. Triton on a CPU runs only under its interpreter.
+
+    Raises ValueError for a dtype or device that is not served.
+    """
+    from .triton_backend import TritonAttentionBackend
+
+    return TritonAttentionBackend(
+        shapes, dtype=dtype, device=torch.device(device), block_size=block_size, limits=limits
+    )
