@@ -223,4 +223,4 @@ def test_sigterm_lets_running_requests_finish(world: World, tmp_path: Path) -> N
         thread.join()
         assert answers[0].status_code == 200
         assert answers[0].json()["usage"]["completion_tokens"] == 200
-        assert server.process.wait(60) in (0, -signal.SIGTERM)
+        assert server.process.wait(60) == 0

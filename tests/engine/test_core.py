@@ -221,16 +221,70 @@ def test_numbers_that_are_not_finite_fail_their_request_alone(core: EngineCore, 
     assert core.blocks.num_used == 0
 
 
-def test_a_poisoned_prefix_is_not_served_again(core: EngineCore, setup: Setup) -> None:
-    prompt = texts(1, 20, 21)[0]
-    expected = run(core, [request("first", prompt, 4)])["first"]
-    core.add(request("bad", prompt, 4, [(setup.digests["all-r8"], 1e38)]))
-    drain(core)
-    assert run(core, [request("again", prompt, 4)])["again"] == expected
+@pytest.mark.parametrize("workspace", [True, False])
+def test_numbers_that_are_not_finite_do_not_outlive_their_request(setup: Setup, workspace: bool) -> None:
+    """With few blocks and rows, every later request reuses memory that a poisoned one has written."""
+    core = setup.core(kv_cache_bytes=setup.core().model.kv_bytes_per_token * 4 * 70, decode_workspace=workspace)
+    expected = run(core, workload(setup, 6))
+    poisoned = [(setup.digests["all-r8"], 1e38)]
+    for i, prompt in enumerate(texts(16, 30, 60)):
+        core.add(request(f"bad{i}", prompt, 4, poisoned))
+    assert all(outputs[-1].error_kind == "model" for outputs in drain(core).values())
+    assert run(core, workload(setup, 6)) == expected
+    core.close()
+
+
+@pytest.mark.parametrize("workspace", [True, False])
+def test_a_reused_request_id_starts_afresh(setup: Setup, workspace: bool) -> None:
+    core = setup.core(decode_workspace=workspace)
+    first, second = texts(2, 20, 21)
+    shorter = second[:12]
+    alone = run(core, [request("other", shorter, 6)])["other"]
+    run(core, [request("r", first[:6], 7, ignore_eos=True)])
+    assert run(core, [request("r", shorter, 6)])["r"] == alone
+    core.close()
+
+
+def test_a_step_that_fails_fails_its_requests_alone(
+    core: EngineCore, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = core.runner.run
+    calls = iter([True])
+
+    def once(chunks: Any) -> dict[str, int]:
+        if next(calls, False):
+            raise RuntimeError("a kernel failed")
+        return real(chunks)
+
+    monkeypatch.setattr(core.runner, "run", once)
+    core.add(request("unlucky", [5, 6, 7], 4))
+    outputs = drain(core)["unlucky"]
+    assert outputs[-1].error_kind == "model"
+    assert core.blocks.num_used == 0
+    assert len(run(core, [request("next", [5, 6, 7], 4, ignore_eos=True)])["next"]) == 4
+
+
+def test_a_step_that_fails_again_and_again_ends_the_engine(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(chunks: Any) -> dict[str, int]:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(core.runner, "run", never)
+    with pytest.raises(RuntimeError, match="broken"):
+        for i in range(5):
+            core.add(request(str(i), [5, 6, 7], 4))
+            core.step()
 
 
 @pytest.mark.parametrize(
-    ("prompt", "tokens", "phrase"), [([], 1, "empty"), ([5] * 250, 7, "context"), ([5], 10**9, "context")]
+    ("prompt", "tokens", "phrase"),
+    [
+        ([], 1, "empty"),
+        ([5] * 250, 7, "context"),
+        ([5], 10**9, "context"),
+        ([5, VOCAB], 1, "vocabulary"),
+        ([-1], 1, "vocabulary"),
+        ([5], 0, "max_tokens"),
+    ],
 )
 def test_requests_that_cannot_run_are_refused(core: EngineCore, prompt: list[int], tokens: int, phrase: str) -> None:
     with pytest.raises(ValueError, match=phrase):

@@ -118,6 +118,7 @@ def test_decodes_of_very_different_lengths(tmp_path: Path) -> None:
         ("mamba", "recurrent state"),
         ("qwen3_next", "recurrent state"),
         ("t5", "encoder-decoder"),
+        ("roberta", "bidirectional"),
         ("llama4_text", "chunked_attention"),
     ],
 )

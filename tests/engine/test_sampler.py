@@ -84,5 +84,17 @@ def test_the_noise_is_counted() -> None:
 
 def test_extreme_temperatures_stay_in_the_vocabulary() -> None:
     logits = torch.tensor([[-1e4, 0.0, 1e4]])
-    for temperature in (2e-5, 2.0, 1e6):
-        assert sample(logits, [params(temperature=temperature, seed=1)], [0], [()])[0] in (0, 1, 2)
+    for temperature in (2e-5, 2.0):
+        assert sample(logits, [params(temperature=temperature, seed=1)], [0], [()]) == [2]
+    hot = {draw(logits[0], params(temperature=1e7, seed=1), i) for i in range(60)}
+    assert hot == {0, 1, 2}
+
+
+def test_a_nucleus_within_the_best_tokens_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(12, 5000) * 3
+    chosen = [params(seed=i, top_p=0.9, temperature=0.8, min_p=0.01 * (i % 2)) for i in range(12)]
+    positions = list(range(12))
+    short = sample(logits, chosen, positions, [()] * 12)
+    monkeypatch.setattr("loramux.server.engine.sampler._reaches", lambda logits, params, rows: [False] * len(rows))
+    assert sample(logits, chosen, positions, [()] * 12) == short
