@@ -134,6 +134,11 @@ class Registry:
 
     # Reading.
 
+    def is_known(self, owner: str, name: str) -> bool:
+        """Whether the name has a row, which it keeps when it is deleted."""
+        row = self.connection.execute("SELECT 1 FROM adapters WHERE owner = ? AND name = ?", (owner, name)).fetchone()
+        return row is not None
+
     def newest(self, owner: str, name: str) -> AdapterVersion | None:
         """The current version of a name, or None."""
         where = "WHERE a.owner = ? AND a.name = ? AND v.version = a.current_version"

@@ -229,6 +229,11 @@ class AdapterStore:
             raise _not_found(name if version is None else f"{name}@{version}")
         return found
 
+    def ever_registered(self, name: str, *, owner: str = DEFAULT_OWNER) -> bool:
+        """Whether the name is registered or was deleted; a name that never was is False."""
+        with self._guard:
+            return self._registry.is_known(owner, name)
+
     def versions(self, name: str, *, owner: str = DEFAULT_OWNER) -> Versions:
         """All versions of a name, newest first. Raises `AdapterNotFound`."""
         _check_existing(name)

@@ -135,9 +135,11 @@ async def update_adapter(name: str, patch: AdapterPatch, state: State) -> Respon
     changes: dict[str, Any] = {key: getattr(patch, key) for key in patch.model_fields_set - {"pinned"}}
     version = await state.in_store(state.store.get, name)
     if patch.pinned is not None:
-        await _pin(state, version, patch.pinned)
+        state.require_engine()
     if changes:
         version = await state.in_store(state.store.update, name, **changes)
+    if patch.pinned is not None:
+        await _pin(state, version, patch.pinned)
     return Response(AdapterView(state).of(version).json_text(), media_type=JSON)
 
 
@@ -146,7 +148,7 @@ async def delete_adapter(name: str, state: State) -> Response:
     """Deletes all versions. Running requests finish; then device and host memory are freed."""
     version = await state.in_store(state.store.get, name)
     unreferenced = await state.in_store(state.store.delete, name)
-    state.pinned.pop(name, None)
+    await _unpin(state, name)
     state.metrics.forget_adapter(name)
     for digest in unreferenced:
         await state.retire(digest)
@@ -163,9 +165,16 @@ async def _pin(state: ServerState, version: AdapterVersion, pinned: bool) -> Non
         state.names.learn(version)
         await state.engine.pin_adapter(version.digest, True)
         state.pinned[version.name] = version.digest
+        if before is not None and before not in state.pinned.values():
+            await state.engine.pin_adapter(before, False)
     else:
-        state.pinned.pop(version.name, None)
-    if before is not None and before not in state.pinned.values():
+        await _unpin(state, version.name)
+
+
+async def _unpin(state: ServerState, name: str) -> None:
+    """Ends a name's pin, and the engine's pin of its content unless another name holds that."""
+    before = state.pinned.pop(name, None)
+    if before is not None and before not in state.pinned.values() and state.engine.state == "ready":
         await state.engine.pin_adapter(before, False)
 
 

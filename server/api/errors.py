@@ -132,12 +132,14 @@ def from_validation(error: RequestValidationError) -> APIError:
     kind, location = item["type"], tuple(item["loc"])
     if kind == "json_invalid":
         return bad_request("The body is not valid JSON.", code="invalid_json")
-    if location in {("body",), ()}:
+    if location in {("body",), ()} and kind != "unknown_field":
         return bad_request("Send a JSON object with `content-type: application/json`.", code="invalid_json")
     inside = location[0] == "body"
     path = _real_path(location[1:], error.body, kind == "missing") if inside else list(location[1:])
+    if kind == "unknown_field":
+        path = [*path, item["ctx"]["name"]]
     name = _dotted(path)
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unknown_field"):
         return bad_request(f"Unrecognized request argument: {name}", name, "unknown_parameter")
     if kind == "missing":
         return bad_request(f"Missing required parameter: {name}", name, "missing_required_parameter")

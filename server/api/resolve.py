@@ -126,6 +126,12 @@ async def select(state: ServerState, model: str, adapters: Sequence[AdapterWeigh
         for version in held:
             state.use(version)
             used.append(version)
+        rank, limit = sum(version.rank for version in held), state.settings.max_set_rank
+        if rank > limit:
+            raise bad_request(
+                f"The ranks of this request's adapters add up to {rank}; this server computes at most {limit} "
+                "(--max-set-rank).", "adapters" if adapters else "model", "limit_exceeded",
+            )  # fmt: skip
         weights = [1.0 if e.weight is None else e.weight for e in adapters] if adapters else [1.0]
         yield Selection(model, tuple(zip(held, weights, strict=True)))
     finally:

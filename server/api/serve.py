@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import socket
+import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 import uvicorn
 
 from loramux.adapters_store.base_spec import BaseSpec, base_spec_from_config
-from loramux.adapters_store.errors import StoreUnavailableError
+from loramux.adapters_store.errors import AdapterError, StoreUnavailableError
 from loramux.adapters_store.limits import StoreLimits
 from loramux.adapters_store.store import AdapterStore
 from loramux.server.api.app import create_app
@@ -62,8 +64,10 @@ def structure_of(spec: BaseSpec) -> str:
 
 
 def register(store: AdapterStore, adapters: Sequence[DemoAdapter]) -> None:
-    """Puts the demo's adapters into the store; those that are there already are left alone."""
+    """Puts the demo's adapters into the store, once: names that were replaced or deleted since are left alone."""
     for adapter in adapters:
+        if store.ever_registered(adapter.name):
+            continue
         with store.begin_upload() as upload:
             for file in ("adapter_config.json", "adapter_model.safetensors"):
                 sink = upload.open_file(file)
@@ -88,16 +92,18 @@ def assemble(settings: Settings) -> Parts:
     try:
         spec = base_spec_from_config(load_config(path), name=settings.base_name)
         renderer = Renderer.load(path, chat_template=settings.chat_template)
-    except (UnsupportedModelError, TokenizerError, ValueError, OSError) as error:
+    except (UnsupportedModelError, TokenizerError) as error:
         raise ServeError(str(error)) from error
+    except Exception as error:  # transformers and its configurations raise whatever a damaged file leads them to
+        raise ServeError(f"--model {path}: cannot be read ({type(error).__name__}: {error})") from error
     root = settings.store_root(structure_of(spec))
     limits = StoreLimits(max_upload_bytes=int(settings.adapter_max_bytes), max_adapters=settings.max_adapters)
     try:
         store = AdapterStore(root, spec, limits)
-    except (StoreUnavailableError, OSError) as error:
+        demo = demo_adapters() if settings.model is None else []
+        register(store, demo)
+    except (AdapterError, StoreUnavailableError, sqlite3.Error, OSError) as error:
         raise ServeError(f"--store-dir {settings.store_dir}: {error}") from error
-    demo = demo_adapters() if settings.model is None else []
-    register(store, demo)
     state = ServerState.make(
         settings,
         ProcessEngineClient(settings.to_engine_config(str(path), str(store.blob_dir))),
@@ -152,6 +158,15 @@ class Server(uvicorn.Server):
         write(greeting(self._state, self.address, example))
 
 
+def _resolves(store: AdapterStore, name: str) -> bool:
+    """Whether the name is an adapter now."""
+    try:
+        store.resolve(name)
+    except AdapterError:
+        return False
+    return True
+
+
 def greeting(state: ServerState, address: str, adapter: str) -> str:
     """What a newcomer needs: where the server is, and a request to paste. `adapter` may be empty."""
     settings = state.settings
@@ -184,10 +199,24 @@ def configure_logging(level: str) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
+def listen(settings: Settings) -> socket.socket:
+    """The socket to serve on, taken before anything is loaded. Raises `ServeError` when it cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ServeError(
+            f"--host {settings.host} --port {settings.port}: {error.strerror}; choose others (--port 0: any free one)"
+        ) from None
+
+
 def serve(settings: Settings) -> int:
     """Serves until a signal. Returns the exit status; raises `ServeError` when it cannot start."""
     configure_logging(settings.log_level)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # decided once: the library warns and guesses otherwise
+    listener = listen(settings)
     parts = assemble(settings)
     config = uvicorn.Config(
         create_app(parts.state),
@@ -208,10 +237,10 @@ def serve(settings: Settings) -> int:
         sys.stdout.flush()
 
     async def run() -> None:
-        example = parts.demo[0].name if parts.demo else ""
+        example = next((a.name for a in parts.demo if _resolves(parts.state.store, a.name)), "")
         announcement = asyncio.create_task(server.announce(write, example))
         try:
-            await server.serve()
+            await server.serve(sockets=[listener])
         finally:
             announcement.cancel()
             gc.unfreeze()

@@ -15,6 +15,8 @@ from loramux.server.api.errors import APIError, from_engine, internal_error
 from loramux.server.api.schemas.common import ResponseModel
 from loramux.server.engine.protocol import EngineError
 
+SEND_SECONDS = 60
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -84,7 +86,11 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         try:
             async for item in self._events:
-                await send({"type": "http.response.body", "body": item, "more_body": True})
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send({"type": "http.response.body", "body": item, "more_body": True})
+        except TimeoutError:
+            logger.info("a client stopped reading its stream for %d s; the stream is given up", SEND_SECONDS)
+            return
         except EngineError as error:
             await send({"type": "http.response.body", "body": error_event(from_engine(error)), "more_body": True})
         except Exception:

@@ -298,6 +298,9 @@ class ProcessEngineClient:
             queue = self._queues.get(output.request_id)
             if queue is None:
                 continue
+            if output.finish_reason is not None:  # it no longer counts as running, however slowly it is read
+                del self._queues[output.request_id]
+                self._changed.set()
             if output.finish_reason == "error":
                 message = output.error or "the engine refused the request"
                 is_load = output.error_kind == "adapter"

@@ -55,6 +55,7 @@ class EngineLoop:
                 self._handle(message)
             if not self._core.has_work():
                 self._send_stats()
+                self._last_stats = 0.0  # the first step after a pause is told at once
                 timeout = IDLE_SECONDS
                 continue
             result = self._core.step()

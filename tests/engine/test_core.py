@@ -269,10 +269,12 @@ def test_a_step_that_fails_again_and_again_ends_the_engine(core: EngineCore, mon
         raise RuntimeError("broken")
 
     monkeypatch.setattr(core.runner, "run", never)
+    for i in range(2):
+        core.add(request(str(i), [5, 6, 7], 4))
+        assert core.step().outputs[0].error_kind == "model"
+    core.add(request("last", [5, 6, 7], 4))
     with pytest.raises(RuntimeError, match="broken"):
-        for i in range(5):
-            core.add(request(str(i), [5, 6, 7], 4))
-            core.step()
+        core.step()
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,6 @@ def test_requests_stats_and_cancellation(model_dir: Path) -> None:
 
         stream = client.generate(request("left", PROMPT, 240, ignore_eos=True))
         await anext(stream)
-        await until(lambda: client.stats.running == 1)
         await stream.aclose()
         await until(lambda: client.stats.running == 0 and client.stats.blocks_used == 0)
 
@@ -135,6 +134,10 @@ async def _anext(stream: AsyncIterator[EngineOutput]) -> EngineOutput:
     return await anext(stream)
 
 
+async def _all(stream: AsyncIterator[EngineOutput]) -> list[EngineOutput]:
+    return [output async for output in stream]
+
+
 async def _rest(stream: AsyncIterator[EngineOutput]) -> None:
     async for _ in stream:
         pass
@@ -161,14 +164,15 @@ def test_stop_drains_running_requests(model_dir: Path) -> None:
         client = ProcessEngineClient(config(model_dir))
         await client.start()
         await client.wait_ready(START_SECONDS)
-        running = asyncio.create_task(collect(client, request("r", PROMPT, 100, ignore_eos=True)))
-        await until(lambda: client.stats.running == 1)
+        stream = client.generate(request("r", PROMPT, 240, ignore_eos=True))
+        first = await anext(stream)
+        running = asyncio.create_task(_all(stream))
         stopping = asyncio.create_task(client.stop(drain_seconds=START_SECONDS))
         await asyncio.sleep(0)
         with pytest.raises(EngineDeadError):
             await collect(client, request("late", PROMPT, 2))
         outputs = await running
-        assert sum(len(o.token_ids) for o in outputs) == 100
+        assert sum(len(o.token_ids) for o in [first, *outputs]) == 240
         await stopping
         assert client.pid is None
 

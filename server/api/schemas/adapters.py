@@ -1,8 +1,10 @@
 """`/v1/adapters`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from loramux.server.api.schemas.common import RequestModel, ResponseModel, Text
+from pydantic import Field
+
+from loramux.server.api.schemas.common import MAX_PARTS, RequestModel, ResponseModel, Text
 
 Tier = Literal["device", "host", "disk"]
 
@@ -52,5 +54,5 @@ class AdapterPatch(RequestModel):
     """What may change without a new version. Absent fields stay, null removes a text."""
 
     description: Text | None = None
-    examples: list[Text] | None = None
+    examples: Annotated[list[Text], Field(max_length=MAX_PARTS)] | None = None
     pinned: bool | None = None

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from loramux.server.api.schemas.common import (
     INT64_MAX,
+    MAX_PARTS,
     Flag,
     GenerationRequest,
     RequestModel,
@@ -35,6 +36,14 @@ class TextPart(RequestModel):
     type: Annotated[Literal["text"], BeforeValidator(_only_text)]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _type_first(cls, value: Any) -> Any:
+        """A part of another type is wrong in its type, whatever fields that type has."""
+        if isinstance(value, dict) and value.get("type", "text") != "text":
+            return {"type": value["type"], "text": ""}
+        return value
+
 
 def _known_role(role: Any) -> Any:
     """Tool turns come with tool calling."""
@@ -47,10 +56,10 @@ class Message(RequestModel):
     """One turn. The fields that clients replay from an earlier answer are accepted while they are empty."""
 
     role: Annotated[Literal["developer", "system", "user", "assistant"], BeforeValidator(_known_role)]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: Text | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
     audio: Annotated[Any, neutral()] = None
     function_call: Annotated[Any, neutral()] = None
     tool_calls: Annotated[Any, neutral([])] = None

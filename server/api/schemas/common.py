@@ -6,9 +6,10 @@ parameter is never silently ignored. `null` always means "not given".
 """
 
 import json
+from itertools import islice
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 INT64_MAX = (1 << 63) - 1
@@ -16,6 +17,9 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 128
 MAX_WEIGHT = 1000.0
+MAX_PARTS = 1024
+MAX_UNKNOWN_NULLS = 64
+MAX_SHOWN_NAME = 80
 
 
 def valid_unicode(value: str) -> str:
@@ -48,6 +52,18 @@ class RequestModel(BaseModel):
     """Strict: no coercion between types, no unknown fields, no NaN or infinity."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, value: Any) -> Any:
+        """Stops at the first unknown field: pydantic would build one error for each of a million. Null is no value."""
+        if not isinstance(value, dict):
+            return value
+        unknown = list(islice((k for k in value if k not in cls.model_fields), MAX_UNKNOWN_NULLS + 1))
+        for key in unknown:
+            if value[key] is not None or len(unknown) > MAX_UNKNOWN_NULLS:
+                raise PydanticCustomError("unknown_field", "unknown", {"name": str(key)[:MAX_SHOWN_NAME]})
+        return {k: v for k, v in value.items() if k in cls.model_fields} if unknown else value
 
 
 class StreamOptions(RequestModel):
@@ -120,7 +136,7 @@ class GenerationRequest(Bookkeeping, Unsupported):
 
     max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
     min_tokens: int | None = Field(None, ge=0, le=INT64_MAX)
-    stop: Text | list[Text] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     include_stop_str_in_output: Flag
     ignore_eos: Flag
