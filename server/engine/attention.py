@@ -66,7 +66,8 @@ class DecodeRows:
 
     `rows` int64 [num_decodes] names each sequence's row, `columns` its query's position. `lens` int64 [height] are
     the contexts by row (1 for rows that are not in use). `refill` lists (row, blocks, tokens) of rows that do not hold
-    their sequence's earlier tokens yet; what lies behind those tokens is cleared. `width` is the columns of a row.
+    their sequence's earlier tokens yet; what lies behind those tokens is cleared. `width` is the columns of a row, of
+    which the first `read` are attended to.
     """
 
     rows: Tensor
@@ -74,6 +75,7 @@ class DecodeRows:
     lens: Tensor
     refill: list[tuple[int, Tensor, int]]
     width: int
+    read: int
     biases: dict[int | None, Tensor] = field(default_factory=dict)
 
 
@@ -191,8 +193,10 @@ class LayerCache:
         work_k[rows.rows, rows.columns] = key
         work_v[rows.rows, rows.columns] = value
         placed = query.new_zeros(height, *query.shape[1:]).index_copy_(0, rows.rows, query)
-        bias = _bias(rows.biases, rows.lens, rows.width, window, query.dtype)
-        return _decode(placed, work_k, work_v, bias, scaling, softcap, sinks).index_select(0, rows.rows)
+        bias = _bias(rows.biases, rows.lens, rows.read, window, query.dtype)
+        return _decode(
+            placed, work_k[:, : rows.read], work_v[:, : rows.read], bias, scaling, softcap, sinks
+        ).index_select(0, rows.rows)
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float, softcap: float | None,

@@ -16,6 +16,7 @@ from loramux.server.engine.sampler import sample
 from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence, Span
 
+READ_STEP = 16
 Ints = npt.NDArray[np.int64]
 
 
@@ -203,6 +204,7 @@ class Runner:
             lens=torch.from_numpy(lens).to(device),
             refill=refill,
             width=width,
+            read=-(-int(lens.max()) // READ_STEP) * READ_STEP,
         )
 
     def _groups(self, decodes: Seq[Chunk]) -> list[DecodeGroup]:
