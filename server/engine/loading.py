@@ -83,8 +83,8 @@ def check_supported(config: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise UnsupportedModelError(f"{name} has layers of kind {', '.join(sorted(kinds))}, which are not supported")
-    flags = (("use_bidirectional_attention", True), ("is_causal", False), ("is_decoder", False))
-    if any(getattr(config, flag, not wrong) is wrong for flag, wrong in flags):
+    encoder = hasattr(config, "type_vocab_size") and getattr(config, "is_decoder", True) is False  # BERT and its kin
+    if encoder or getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         raise UnsupportedModelError(f"{name} is configured for bidirectional attention")
 
 
