@@ -131,6 +131,12 @@ class LoraBackend(Protocol):
     def check_set(self, slots: Sequence[int]) -> None:
         """Raises ValueError naming the bound that one set of these published slots would pass."""
 
+    def order(self, slot: int) -> tuple[int, ...]:
+        """Where the slot's tokens best lie in a step: in ascending order of this. A hint; results do not depend on it.
+
+        It may change with every plan made.
+        """
+
     def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> LoraPlan | None:
         """The step's plan, or None when no token has an adapter: then nothing is launched.
 

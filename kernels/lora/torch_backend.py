@@ -51,7 +51,7 @@ class _GroupStep:
         self._A, self._B, self._scale, self._group = bank.A, tuple(bank.B), bank.scale, group
         self._runs = tuple(zip(bank.runs, bank.spread, range(len(bank.runs)), strict=True))
         only = bank.runs[0]
-        self._direct = (
+        self.direct = (
             group.aligned
             and group.length == 1
             and group.source.index is None
@@ -78,7 +78,7 @@ class _GroupStep:
         A, scale, B = self._kept or self._weights()
         inputs = group.source.take(x).to(A.dtype).view(group.count, group.length, x.shape[1])
         h = torch.bmm(inputs, A).mul_(scale)
-        if self._direct and out.is_contiguous():
+        if self.direct and out.is_contiguous():
             run, spread, _ = self._runs[0]
             start = group.sums[0][0].start
             target = out[start : start + group.count].view(-1, 1, run.width)
@@ -292,6 +292,13 @@ class TorchLoraBackend:
     def check_set(self, slots: Sequence[int]) -> None:
         """Raises ValueError naming the bound that one set of these published slots would pass."""
         check_set(slots, self._limits, self._published_rank)
+
+    def order(self, slot: int) -> tuple[int, ...]:
+        """By bank and row at the adapter's first site: tokens that lie as the rows do are used where they are."""
+        site, signature = next(iter(self._adapter(slot).signatures.items()))
+        bank = self._banks.get((site, signature))
+        row = None if bank is None else bank.row_of.get(slot)
+        return (site, *signature, int(row is None), slot if row is None else row)
 
     def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> TorchLoraPlan | None:
         """The step's plan, or None without segments; the same arguments give the same plan while it is current.

@@ -253,6 +253,10 @@ class TritonLoraBackend:
         """Raises ValueError naming the bound that one set of these published slots would pass."""
         check_set(slots, self._limits, self._published_rank)
 
+    def order(self, slot: int) -> tuple[int, ...]:
+        """By slot: any order will do, as long as the same adapter's tokens are neighbours."""
+        return (slot,)
+
     def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> TritonLoraPlan | None:
         """The step's plan, or None without segments; the same arguments as last time give the same plan.
 

@@ -88,6 +88,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
             check_set=self.backend.check_set,
+            order=self.backend.order,
             load_errors=(AdapterLoadFailure,),
         )
         self.runner = Runner(self.model, self.backend, block_size=config.block_size)

@@ -68,9 +68,11 @@ class Scheduler:
         max_num_seqs: int,
         max_batched_tokens: int,
         check_set: Callable[[Seq[int]], None],
+        order: Callable[[int], tuple[int, ...]],
         load_errors: tuple[type[Exception], ...] = (),
     ) -> None:
-        """`check_set` raises ValueError for a set of slots that the kernels cannot compute."""
+        """`check_set` raises ValueError for a set of slots that the kernels cannot compute; `order` sorts slots as the
+        kernels like to meet them."""
         self.blocks = blocks
         self.adapters = adapters
         self.max_num_seqs = max_num_seqs
@@ -80,6 +82,7 @@ class Scheduler:
         self.waiting_for_adapter = 0
         self.preemptions = 0
         self._check_set = check_set
+        self._order = order
         self._load_errors = load_errors
 
     def add(self, seq: Sequence) -> None:
@@ -87,7 +90,7 @@ class Scheduler:
         self.waiting.append(seq)
 
     def schedule(self) -> tuple[list[Chunk], list[Failure]]:
-        """The next step's chunks (decodes first, each part ordered by adapter set), and sequences that failed."""
+        """The next step's chunks (decodes first, each part in the kernels' order), and sequences that failed."""
         budget = self.max_batched_tokens
         chunks: dict[int, Chunk] = {}
         decoding = [s for s in self.running if s.remaining == 1]
@@ -103,8 +106,7 @@ class Scheduler:
                 budget -= end - seq.num_computed
         budget = self.max_batched_tokens - sum(c.end - c.start for c in chunks.values())
         failures = self._admit(budget, chunks)
-        ordered = sorted(chunks.values(), key=lambda c: (c.end - c.start > 1, c.seq.current_span.key))
-        return ordered, failures
+        return sorted(chunks.values(), key=self._layout), failures
 
     def finish(self, seq: Sequence) -> None:
         """Takes the sequence out, wherever it is, and frees what it holds."""
@@ -159,6 +161,13 @@ class Scheduler:
         self.waiting_for_adapter = len(blocked)
         self.waiting.extendleft(reversed(blocked))
         return failures
+
+    def _layout(self, chunk: Chunk) -> tuple[bool, int, list[tuple[int, ...]], bytes]:
+        """Decodes before prompts, each by adapter set: base, single adapters, larger sets, in the kernels' order."""
+        slots = chunk.seq.slots or {}
+        span = chunk.seq.current_span
+        places = [self._order(slots[a.digest]) for a in span.adapters]
+        return chunk.end - chunk.start > 1, len(places), places, span.key
 
     def _fits(self, seq: Sequence) -> bool:
         """Whether the whole of the sequence's present tokens could fit now: admitting less only leads to preemption.

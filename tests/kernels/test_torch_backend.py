@@ -8,7 +8,7 @@ import torch
 from loramux.kernels.lora import ArenaFullError, ModuleWeights, Segment, Site, SiteSlice, make_backend
 from loramux.kernels.lora.cases import Case, Weights, check, large_cases, load, relative_error, single, small_cases
 from loramux.kernels.lora.reference import add_reference
-from loramux.kernels.lora.torch_backend import TorchLoraBackend
+from loramux.kernels.lora.torch_backend import TorchLoraBackend, _GroupStep
 from loramux.kernels.lora.torch_bank import bucket
 
 CASES = [*small_cases(), *large_cases()]
@@ -106,6 +106,21 @@ def test_a_steady_batch_copies_nothing_and_keeps_its_plan() -> None:
     assert other is not None
     assert other is not plan
     assert backend.bank_bytes >= bank
+
+
+def test_tokens_in_the_backends_order_are_used_where_they_lie() -> None:
+    case = Case("order", 64, (64,), ((8,),) * 8, single(8))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    for arrived in ([5, 2], [5, 2, 7, 0], [3, 5, 2, 7, 0, 1, 6, 4]):  # rows are given out as adapters come
+        backend.plan([Segment(i, i + 1, ((slots[n], 1.0),)) for i, n in enumerate(arrived)], len(arrived))
+    ordered = sorted(slots, key=backend.order)
+    assert ordered != slots
+    plan = backend.plan([Segment(i, i + 1, ((slot, 1.0),)) for i, slot in enumerate(ordered)], 8)
+    assert plan is not None
+    ((step,),) = plan.steps.values()
+    assert isinstance(step, _GroupStep)
+    assert step.direct
 
 
 def test_an_older_plan_still_works_after_the_banks_grow() -> None:
