@@ -18,6 +18,8 @@ from loramux.server.engine.config import EngineConfig
 
 ENV_PREFIX = "LORAMUX_"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+Switch = Literal["auto", "on", "off"]
+_SWITCHES: Mapping[Switch, bool | None] = {"auto": None, "on": True, "off": False}
 
 
 class SettingsError(Exception):
@@ -74,8 +76,19 @@ class Settings(BaseSettings):
     lora_implementation: Literal["auto", "torch", "triton"] = Field(
         "auto", description="how adapters are computed (auto: triton on CUDA, torch elsewhere)"
     )
+    lora_overlap: Literal["none", "stream", "launch"] = Field(
+        "none", description="on a card, hide the adapters' first product beside the base's, or launch the second early"
+    )
+    attention_implementation: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="how attention is computed (auto: triton on CUDA, torch elsewhere)"
+    )
+    cuda_graphs: Switch = Field("auto", description="replay decode steps as CUDA graphs (auto: on a card)")
+    overlap: Switch = Field("auto", description="prepare a step while the device computes the last (auto: on a card)")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a card's memory that may be filled")
+    compile_layers: bool = Field(False, description="fuse the model's small operations by torch.compile at start")
     decode_workspace: bool = Field(True, description="on a CPU, keep decoding sequences' keys and values contiguous")
     packed_projections: bool = Field(True, description="compute q, k, v and gate, up as one product each")
+    deterministic: bool = Field(False, description="the same bits for a request alone and in any batch (slower)")
 
     store_dir: Path = Field(default_factory=default_store_dir, description="where uploaded adapters are kept")
     adapter_max_bytes: ByteSize = Field(ByteSize(2 * GIB), gt=0, description="largest adapter that may be uploaded")
@@ -162,6 +175,13 @@ class Settings(BaseSettings):
             max_set_rank=self.max_set_rank,
             max_device_adapters=self.max_device_adapters,
             lora_implementation=None if self.lora_implementation == "auto" else self.lora_implementation,
+            attention_implementation=None if self.attention_implementation == "auto" else self.attention_implementation,
+            lora_overlap=self.lora_overlap,
+            cuda_graphs=_SWITCHES[self.cuda_graphs],
+            overlap=_SWITCHES[self.overlap],
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            deterministic=self.deterministic,
+            compile_layers=self.compile_layers,
             decode_workspace=self.decode_workspace,
             packed_projections=self.packed_projections,
             max_queue=self.max_queue,

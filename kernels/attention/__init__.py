@@ -26,13 +26,17 @@ def make_backend(
     device: torch.device | str,
     block_size: int,
     limits: AttentionLimits,
+    tiles_only: bool = False,
 ) -> AttentionBackend:
     """The backend for a model whose layers have these shapes. Triton on a CPU runs only under its interpreter.
 
+    `tiles_only` runs decodes through the prefill kernel, without splits: a token's result then has the same bits
+    whether it is computed alone or with others of its sequence.
     Raises ValueError for a dtype or device that is not served.
     """
     from .triton_backend import TritonAttentionBackend
 
     return TritonAttentionBackend(
-        shapes, dtype=dtype, device=torch.device(device), block_size=block_size, limits=limits
-    )
+        shapes, dtype=dtype, device=torch.device(device), block_size=block_size, limits=limits,
+        tiles_only=tiles_only,
+    )  # fmt: skip

@@ -60,8 +60,8 @@ class AttentionBatch:
     """One step as host arrays. Sequence s has `query_lens[s]` consecutive tokens of the step, in order.
 
     `contexts[s]` counts its tokens up to and including its last query; `tables[s]` are its blocks, at least
-    ceil(contexts[s] / block_size) of them; `slots` [tokens] is where each token's key and value go. Sequences of one
-    token that come first are decodes; no other sequence has a single token.
+    ceil(contexts[s] / block_size) of them (quickest as `array("i")`); `slots` [tokens] is where each token's key and
+    value go. Sequences of one token that come first are decodes; no other sequence has a single token.
     """
 
     query_lens: Sequence[int] | Ints

@@ -34,8 +34,9 @@ class TritonAttentionBackend:
         device: torch.device,
         block_size: int,
         limits: AttentionLimits,
+        tiles_only: bool = False,
     ) -> None:
-        """Raises ValueError for a dtype or device the kernels do not serve."""
+        """`tiles_only` is as in `make_backend`. Raises ValueError for a dtype or device the kernels do not serve."""
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {dtype} is not served; use float32, bfloat16 or float16")
         if device.type != "cuda" and isinstance(decode_kernel, JITFunction):
@@ -46,7 +47,7 @@ class TritonAttentionBackend:
         major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
         self._configs = {shape: shape_config(shape, dtype, major * 10 + minor) for shape in shapes}
         tilings = [Tiling(shape.group, config.prefill.block_m) for shape, config in self._configs.items()]
-        self._metadata = Metadata(limits, block_size, tilings, device)
+        self._metadata = Metadata(limits, block_size, tilings, device, tiles_only=tiles_only)
         places = [(shape.heads * config.max_splits, shape.v_dim) for shape, config in self._configs.items()]
         parts = limits.max_sequences * max(place * v_dim for place, v_dim in places)
         stats = limits.max_sequences * max(place for place, _ in places) * 2
@@ -134,6 +135,8 @@ class TritonAttentionBackend:
         q = _unit_stride(q)
         if out is None:
             out = q.new_empty(q.shape[0], shape.heads, shape.v_dim)
+        if current.padded and not current.num_decodes:
+            out.zero_()  # a tile without queries writes nothing
         inner, coefficient = exponents(scaling, softcap)
         numbers = (0 if window is None else window, inner, coefficient)
         constants: dict[str, Any] = {

@@ -9,6 +9,7 @@
 All int32. The buffer is bounded by the limits and never moves, so a captured graph may refer to it; a step is one copy.
 """
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loramux.kernels.lora.triton_plan import StaticBuffer
+from loramux.kernels.buffers import StaticBuffer
 
 from .interface import AttentionBatch, AttentionLimits
 from .launch import TILE_WIDTH
@@ -38,13 +39,15 @@ class Tiling:
 class TritonAttentionPlan:
     """The launches of a step. Its metadata lies in the backend's static buffer until the next plan is written.
 
-    `longest` bounds the contexts of the decodes; None where the launches must not depend on it.
+    `longest` bounds the contexts of the decodes; None where the launches must not depend on it. `num_decodes` is 0
+    where decodes are tiles like the rest. `padded`: the last rows may belong to no sequence.
     """
 
     num_tokens: int
     num_decodes: int
     longest: int | None
     tiles: dict[Tiling, int]
+    padded: bool = False
 
 
 def _round(number: int) -> int:
@@ -54,8 +57,11 @@ def _round(number: int) -> int:
 class Metadata:
     """The static buffer and its regions as tensors: `contexts`, `first_entries`, `slots`, `tiles`, `tables`."""
 
-    def __init__(self, limits: AttentionLimits, block_size: int, tilings: Iterable[Tiling], device: torch.device):
+    def __init__(self, limits: AttentionLimits, block_size: int, tilings: Iterable[Tiling], device: torch.device, *,
+                 tiles_only: bool = False) -> None:  # fmt: skip
+        """With `tiles_only` decodes are tiles like the rest."""
         self._limits = limits
+        self._tiles_only = tiles_only
         self._block_size = block_size
         sizes: list[int] = [limits.max_sequences, limits.max_sequences, limits.max_tokens]
         self._tilings = sorted(set(tilings), key=lambda tiling: (tiling.group, tiling.block_m))
@@ -99,20 +105,25 @@ class Metadata:
         values[self._offsets[2] :][:tokens] = -1
         values[self._offsets[2] :][: len(slots)] = slots
         counts: dict[Tiling, int] = {}
-        if decodes < len(lens):
+        split = 0 if self._tiles_only else decodes
+        if split < len(lens):
             starts = np.cumsum(lens) - lens
-            sequences = np.stack([starts, lens, contexts, first_entries], axis=1)[decodes:]
+            sequences = np.stack([starts, lens, contexts, first_entries], axis=1)[split:]
             for tiling, offset in zip(self._tilings, self._offsets[3:-1], strict=True):
                 tiles = _tile_records(sequences, tiling)
                 counts[tiling] = len(tiles)
                 values[offset : offset + tiles.size] = tiles.reshape(-1)
-        place = header
+        flat = array("i")  # joins tables that are arrays themselves by copying memory
         for table, width in zip(batch.tables, widths.tolist(), strict=True):
-            values[place : place + width] = table[:width]
-            place += width
+            flat.extend(table[:width])
+        values[header:] = flat
         self._buffer.write(values.reshape(-1, 1))
         longest = int(contexts[:decodes].max(initial=0)) if decode_rows is None else None
-        return TritonAttentionPlan(tokens, rows, longest, counts)
+        if self._tiles_only and decode_rows is not None:  # records behind those of the batch are zeros: no queries
+            counts = {tiling: decode_rows * -(-tiling.group // tiling.block_m) for tiling in self._tilings}
+        return TritonAttentionPlan(
+            tokens, 0 if self._tiles_only else rows, longest, counts, padded=decode_rows is not None
+        )
 
     def _check(self, batch: AttentionBatch, lens: Array, contexts: Array, slots: Array) -> int:
         """The number of decodes. Raises ValueError for a batch that is malformed or passes a limit."""
@@ -128,9 +139,11 @@ class Metadata:
             raise ValueError("every sequence needs a query, and a context that includes its queries")
         if len(slots) and slots.min() < 0:
             raise ValueError("slots must not be negative")
-        for number, (table, context) in enumerate(zip(batch.tables, contexts.tolist(), strict=True)):
-            if len(table) * self._block_size < context:
-                raise ValueError(f"sequence {number}: {len(table)} blocks do not hold {context} tokens")
+        held = np.fromiter(map(len, batch.tables), dtype=np.int64, count=len(lens))
+        short = np.flatnonzero(held * self._block_size < contexts)
+        if len(short):
+            number = int(short[0])
+            raise ValueError(f"sequence {number}: {held[number]} blocks do not hold {contexts[number]} tokens")
         single = lens == 1
         decodes = int(np.logical_and.accumulate(single).sum())
         if bool(single[decodes:].any()):

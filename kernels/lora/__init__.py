@@ -5,23 +5,27 @@ from typing import Literal
 
 import torch
 
-from .interface import ArenaFullError, LoraBackend, LoraPlan, ModuleWeights, Segment, Site, SiteSlice
+from .interface import ArenaFullError, LoraBackend, LoraPlan, ModuleWeights, Overlap, Segment, Site, SiteSlice
 from .modules import SetLimits
-from .reference import add_reference
+from .reference import add_reference, scale_input_reference
+from .table import LaunchTable, table_for
 
 Implementation = Literal["torch", "triton"]
 
 __all__ = [
     "ArenaFullError",
     "Implementation",
+    "LaunchTable",
     "LoraBackend",
     "LoraPlan",
     "ModuleWeights",
+    "Overlap",
     "Segment",
     "Site",
     "SiteSlice",
     "add_reference",
     "make_backend",
+    "scale_input_reference",
 ]
 
 
@@ -36,17 +40,23 @@ def make_backend(
     max_set_size: int = 8,
     max_set_rank: int = 512,
     implementation: Implementation | None = None,
+    overlap: Overlap = "none",
+    table: LaunchTable | None = None,
 ) -> LoraBackend:
     """The backend for a model's sites: Triton on CUDA, torch elsewhere, unless `implementation` says otherwise.
 
     `budget_bytes` bounds the adapters' memory, `max_slots` their number, `max_tokens` a step, `max_set_size` and
     `max_set_rank` the adapters of one set and the sum of their ranks. Triton on a CPU runs only under its interpreter.
+    `overlap` and `table` (default: the one shipped for the card) are for Triton alone. Raises ValueError for what the
+    implementation does not serve.
     """
     device = torch.device(device)
     limits = SetLimits(max_tokens=max_tokens, max_set_size=max_set_size, max_set_rank=max_set_rank)
     if implementation is None:
         implementation = "triton" if device.type == "cuda" else "torch"
     if implementation == "torch":
+        if overlap != "none" or table is not None:
+            raise ValueError("overlap and table need the triton implementation")
         from .torch_backend import TorchLoraBackend
 
         return TorchLoraBackend(
@@ -54,6 +64,9 @@ def make_backend(
         )
     from .triton_backend import TritonLoraBackend
 
+    if table is None:
+        table = table_for(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
     return TritonLoraBackend(
-        sites, dtype=dtype, device=device, budget_bytes=budget_bytes, max_slots=max_slots, limits=limits
-    )
+        sites, dtype=dtype, device=device, budget_bytes=budget_bytes, max_slots=max_slots, limits=limits, table=table,
+        overlap=overlap,
+    )  # fmt: skip

@@ -1,20 +1,27 @@
 """One flat device arena for all adapters, and the table that says where each module of each slot lies.
 
     arena    [elements] in the backend's dtype
-    offsets  [slots, modules, 2] int64: element offsets of A [rank, in] and of B^T [rank, out]
+    offsets  [slots, modules, 4] int64: element offsets of A [rank, in], of B^T [rank, out], and of the scale vectors
+             g - 1 [out] and l - 1 [in], -1 where there is none
     ranks    [slots, modules] int32: 0 where the adapter does not touch the module
     scales   [slots, modules] float32
 
 Modules are numbered through all sites in order. B lies transposed, so that a tile of outputs is read in full lines
-whatever the rank. Blocks begin at multiples of 16 bytes. Table rows are written when a slot is published.
+whatever the rank, and multiplied by g. Matrices and vectors begin at multiples of 16 bytes. Table rows are written
+when a slot is published.
 """
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .interface import ScaleName
+
+Scales = Collection[tuple[int, ScaleName]]
+"""(module number, which) of each scale vector."""
 
 ALIGNMENT_BYTES = 16
 
@@ -71,11 +78,13 @@ class OffsetAllocator:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where one module of a slot lies: element offsets of A [rank, in] and of B^T [rank, out]."""
+    """Where one module of a slot lies: element offsets of A [rank, in], B^T [rank, out], g - 1 and l - 1 (-1: none)."""
 
     A: int
     B: int
     rank: int
+    out_scale: int = -1
+    in_scale: int = -1
 
 
 class Arena:
@@ -89,7 +98,7 @@ class Arena:
         self._allocator = OffsetAllocator(budget_bytes // ALIGNMENT_BYTES)
         with torch.inference_mode(False):
             self.memory = torch.empty(self._allocator.capacity * self._unit, dtype=dtype, device=device)
-            self.offsets = torch.zeros(slots, len(shapes), 2, dtype=torch.int64, device=device)
+            self.offsets = torch.zeros(slots, len(shapes), 4, dtype=torch.int64, device=device)
             self.ranks = torch.zeros(slots, len(shapes), dtype=torch.int32, device=device)
             self.scales = torch.zeros(slots, len(shapes), dtype=torch.float32, device=device)
 
@@ -103,27 +112,36 @@ class Arena:
         """Bytes of the arena: the budget, less what does not fill a unit of alignment."""
         return self._allocator.capacity * ALIGNMENT_BYTES
 
-    def _units(self, module: int, rank: int) -> tuple[int, int]:
+    def _units(self, module: int, rank: int, scales: Scales) -> tuple[int, int, int, int]:
         inputs, outputs = self._shapes[module]
-        return -(-rank * inputs // self._unit), -(-rank * outputs // self._unit)
+        elements = (
+            rank * inputs,
+            rank * outputs,
+            outputs * ((module, "out") in scales),
+            inputs * ((module, "in") in scales),
+        )
+        a, b, out_scale, in_scale = (-(-number // self._unit) for number in elements)
+        return a, b, out_scale, in_scale
 
-    def bytes_needed(self, ranks: Mapping[int, int]) -> int:
-        """Bytes of modules {number: rank}, each matrix rounded up to 16 bytes."""
-        return sum(sum(self._units(module, rank)) for module, rank in ranks.items()) * ALIGNMENT_BYTES
+    def bytes_needed(self, ranks: Mapping[int, int], scales: Scales = ()) -> int:
+        """Bytes of modules {number: rank} and of scale vectors, each rounded up to 16 bytes."""
+        return sum(sum(self._units(module, rank, scales)) for module, rank in ranks.items()) * ALIGNMENT_BYTES
 
-    def allocate(self, ranks: Mapping[int, int]) -> dict[int, Block] | None:
+    def allocate(self, ranks: Mapping[int, int], scales: Scales = ()) -> dict[int, Block] | None:
         """A block per module, or None (and nothing taken) when they do not all fit.
 
         A module is one block, so adapters of equal shapes fit each other's holes whatever the order of releases.
         """
         blocks: dict[int, Block] = {}
         for module, rank in ranks.items():
-            size_A, size_B = self._units(module, rank)
-            offset = self._allocator.allocate(size_A + size_B)
+            sizes = self._units(module, rank, scales)
+            offset = self._allocator.allocate(sum(sizes))
             if offset is None:
                 self.release(blocks)
                 return None
-            blocks[module] = Block(offset * self._unit, (offset + size_A) * self._unit, rank)
+            ends = [offset + sum(sizes[:number]) for number in range(4)]
+            vectors = (end * self._unit if size else -1 for end, size in zip(ends[2:], sizes[2:], strict=True))
+            blocks[module] = Block(ends[0] * self._unit, ends[1] * self._unit, rank, *vectors)
         return blocks
 
     def free_for(self, needed: int) -> int:
@@ -143,16 +161,21 @@ class Arena:
         B = self.memory[block.B : block.B + block.rank * outputs].view(block.rank, outputs)
         return A, B
 
+    def scale_views(self, module: int, block: Block) -> tuple[Tensor | None, Tensor | None]:
+        """(g - 1 [out], l - 1 [in]) of a block, as views of the arena; None where there is none."""
+        inputs, outputs = self._shapes[module]
+        out_scale = None if block.out_scale < 0 else self.memory[block.out_scale : block.out_scale + outputs]
+        in_scale = None if block.in_scale < 0 else self.memory[block.in_scale : block.in_scale + inputs]
+        return out_scale, in_scale
+
     def publish(self, slot: int, blocks: Mapping[int, Block], scales: Mapping[int, float]) -> None:
-        """Writes the slot's rows of the table, on the current stream."""
+        """Writes the slot's rows of the table, on the current stream, without waiting for the device."""
         count = len(self._shapes)
-        offsets = torch.zeros(count, 2, dtype=torch.int64)
-        ranks = torch.zeros(count, dtype=torch.int32)
-        values = torch.zeros(count, dtype=torch.float32)
+        offsets, ranks, values = [[0, 0, -1, -1]] * count, [0] * count, [0.0] * count
         for module, block in blocks.items():
-            offsets[module, 0], offsets[module, 1] = block.A, block.B
-            ranks[module] = block.rank
-            values[module] = scales[module]
-        self.offsets[slot].copy_(offsets)
-        self.ranks[slot].copy_(ranks)
-        self.scales[slot].copy_(values)
+            offsets[module] = [block.A, block.B, block.out_scale, block.in_scale]
+            ranks[module], values[module] = block.rank, scales[module]
+        for table, row in ((self.offsets, offsets), (self.ranks, ranks), (self.scales, values)):
+            # Pinned memory is given out again only when the copies from it have ended.
+            host = torch.tensor(row, dtype=table.dtype, pin_memory=table.is_cuda)
+            table[slot].copy_(host, non_blocking=True)

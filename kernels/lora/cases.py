@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .interface import LoraBackend, ModuleWeights, Segment, Site, SiteSlice
-from .reference import add_reference
+from .interface import LoraBackend, ModuleWeights, ScaleName, Segment, Site, SiteSlice
+from .reference import add_reference, scale_input_reference
 
 Weights = dict[str, ModuleWeights]
 Run = tuple[int, tuple[tuple[int, float], ...]]
@@ -20,13 +20,17 @@ Run = tuple[int, tuple[tuple[int, float], ...]]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One site, adapters given by the rank of each slice (0: untouched), and one step's runs of tokens."""
+    """One site, adapters given by the rank of each slice (0: untouched), and one step's runs of tokens.
+
+    `scales` are the (adapter number, slice number, which) that have a scale vector.
+    """
 
     name: str
     in_features: int
     slices: tuple[int, ...]
     adapters: tuple[tuple[int, ...], ...]
     runs: tuple[Run, ...]
+    scales: tuple[tuple[int, int, ScaleName], ...] = ()
 
     @property
     def site(self) -> Site:
@@ -56,16 +60,37 @@ class Case:
         def matrix(rows: int, columns: int, fan_in: int) -> Tensor:
             return torch.randn(rows, columns, generator=generator).mul_(fan_in**-0.5).to(dtype)
 
+        def vector(adapter: int, number: int, which: ScaleName, size: int) -> Tensor | None:
+            has = (adapter, number, which) in self.scales
+            return torch.randn(size, generator=generator).mul_(0.3).add_(1).to(dtype) if has else None
+
+        scaled = {(adapter, number) for adapter, number, _ in self.scales}
         return [
             {
                 f"module{number}": ModuleWeights(
-                    matrix(rank, self.in_features, self.in_features), matrix(width, rank, rank), 0.5 + number
+                    matrix(rank, self.in_features, self.in_features),
+                    matrix(width, rank, max(rank, 1)),
+                    0.5 + number,
+                    vector(adapter, number, "out", width),
+                    vector(adapter, number, "in", self.in_features),
                 )
                 for number, (rank, width) in enumerate(zip(ranks, self.slices, strict=True))
-                if rank
+                if rank or (adapter, number) in scaled
             }
-            for ranks in self.adapters
+            for adapter, ranks in enumerate(self.adapters)
         ]
+
+    def gates(self, seed: int = 2) -> Tensor:
+        """Random gates [tokens, largest set + 1]; what no set uses, and those of base tokens, are NaN."""
+        widest = max((len(adapters) for _, adapters in self.runs), default=0)
+        gates = torch.full((self.num_tokens, widest + 1), torch.nan)
+        generator = torch.Generator().manual_seed(seed)
+        start = 0
+        for length, adapters in self.runs:
+            used = gates[start : start + length, : len(adapters)]
+            used.copy_(torch.rand(used.shape, generator=generator))
+            start += length
+        return gates
 
 
 def single(count: int, *, length: int = 1) -> tuple[Run, ...]:
@@ -103,6 +128,36 @@ def small_cases() -> list[Case]:
     ]
 
 
+def scaled_cases() -> list[Case]:
+    """Cases whose adapters have scale vectors, with and without a pair beside them."""
+    return [
+        Case(
+            "output-scales",
+            33,
+            (33, 17),
+            ((4, 4), (5, 0), (16, 3)),
+            single(3, length=2),
+            ((0, 0, "out"), (1, 1, "out")),
+        ),
+        Case(
+            "no-pair",
+            40,
+            (24,),
+            ((0,), (0,)),
+            ((3, ((0, 1.0),)), (1, ()), (2, ((1, 0.5),))),
+            ((0, 0, "out"), (1, 0, "in")),
+        ),
+        Case(
+            "scaled-sets",
+            65,
+            (70,),
+            ((8,), (3,), (17,)),
+            ((1, ((0, 0.5), (1, 0.5))), (2, ()), (19, ((2, 1.0), (0, 0.25), (1, 2.0))), (1, ((2, 1.0),))),
+            ((0, 0, "out"), (0, 0, "in"), (2, 0, "in")),
+        ),
+    ]
+
+
 def large_cases() -> list[Case]:
     """Cases of the sizes that models have."""
     zipf = tuple((length, ((number, 1.0),)) for number, length in enumerate((7, 5, 3, 2, 2, 1, 1, 1)))
@@ -124,7 +179,11 @@ def large_cases() -> list[Case]:
 
 def load(backend: LoraBackend, weights: Mapping[str, ModuleWeights]) -> int:
     """Reserves, fills and publishes an adapter; returns its slot."""
-    slot = backend.reserve({module: pair.rank for module, pair in weights.items()})
+    scales: list[tuple[str, ScaleName]] = [
+        *((module, "out") for module, pair in weights.items() if pair.out_scale is not None),
+        *((module, "in") for module, pair in weights.items() if pair.in_scale is not None),
+    ]  # fmt: skip
+    slot = backend.reserve({module: pair.rank for module, pair in weights.items()}, scales)
     backend.fill(slot, weights)
     backend.publish(slot)
     return slot
@@ -137,9 +196,16 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def check(
-    backend: LoraBackend, case: Case, slots: Sequence[int], weights: Sequence[Weights], *, seed: int = 1
+    backend: LoraBackend,
+    case: Case,
+    slots: Sequence[int],
+    weights: Sequence[Weights],
+    *,
+    seed: int = 1,
+    gated: bool = False,
+    padded: bool = False,
 ) -> float:
-    """Runs the case's step and returns the relative error of the tokens that have adapters.
+    """Runs the case's step and returns the relative error of the tokens that have adapters, of out or of scaled x.
 
     x and out of base tokens are NaN, so a term that leaks into or out of them shows. Raises AssertionError when a
     base token was touched, or when a step of base tokens has a plan.
@@ -148,18 +214,25 @@ def check(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, site.in_features, generator=generator).to(backend.dtype)
     out = torch.randn(tokens, site.out_features, generator=generator).to(backend.dtype)
+    gates = case.gates() if gated else None
     base = torch.ones(tokens, dtype=torch.bool)
     for segment in segments:
         base[segment.start : segment.end] = False
     x[base] = out[base] = float("nan")
+    by_slot = dict(zip(slots, weights, strict=True))
     expected = out.double()
-    add_reference(site, x, expected, segments, dict(zip(slots, weights, strict=True)))
-    result = out.to(backend.device)
-    plan = backend.plan(segments, tokens)
+    add_reference(site, x, expected, segments, by_slot, gates=gates)
+    plan = backend.plan(segments, tokens, padded=padded)
     if plan is None:
         assert not segments, "a step with segments has no plan"
         return 0.0
-    backend.add(site, x.to(backend.device), result, plan)
+    inputs, result = x.to(backend.device), out.to(backend.device)
+    on_device = None if gates is None else gates.to(backend.device)
+    scaled = backend.scale_input(site, inputs, plan, on_device).cpu()
+    backend.add(site, inputs, result, plan, on_device)
+    assert torch.equal(inputs.cpu()[~base], x[~base]), "the input was written"
     result = result.cpu()
     assert bool(result[base].isnan().all()), "a base token was written"
-    return relative_error(result[~base], expected[~base])
+    assert bool(scaled[base].isnan().all()), "a base token's input was scaled"
+    expected_x = scale_input_reference(site, x, segments, by_slot, gates=gates)
+    return max(relative_error(result[~base], expected[~base]), relative_error(scaled[~base], expected_x[~base]))

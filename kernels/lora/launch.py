@@ -1,8 +1,12 @@
-"""Static choices of the Triton variants: block shapes by dtype, splits by in_features, and what a step launches."""
+"""Static choices of the Triton kernels: block shapes, splits by in_features, grids, and what a step launches."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+VariantName = Literal["decode", "prefill"]
+VARIANTS: tuple[VariantName, VariantName] = ("decode", "prefill")
 
 SHORT_TOKENS = 16
 """Segments of up to this many tokens use the decode variant (one 16-row tile), longer ones the prefill variant."""
@@ -12,6 +16,15 @@ MAX_SPLITS = 16
 _MIN_SPLIT = 512
 RECORD_WIDTH = 8
 ENTRY_WIDTH = 4
+SCALE_ELEMENTS = 4096
+"""Elements of x that one program of the input scaling takes."""
+SCALED_REGISTERS = 255
+"""Registers per thread that an expand with gates or scale vectors may take: all there are. Left to itself, the
+assembler spills a few to fit one more block on a multiprocessor."""
+PADDED_PROGRAMS = 2048
+"""Programs of a padded launch: about what a large card holds at once. Those without work cost a launch slot each."""
+MIN_PADDED = 16
+"""Shrink programs of a padded step per split and slice, at least: a single token's 256 ranks side by side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +50,47 @@ class ExpandConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """One of the two static variants."""
+class Entry:
+    """Shapes of both kernels for sites of up to `features` inputs (shrink) or outputs (expand).
 
-    name: str
+    Decode is for bandwidth, prefill for the matrix units.
+    """
+
+    dtype: str
+    variant: VariantName
+    features: int
     shrink: ShrinkConfig
     expand: ExpandConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Variants:
-    """Decode is for bandwidth, prefill for the matrix units. Both step through columns and ranks in the same order."""
+class Tile:
+    """Rows of a variant's tiles and ranks of its shrink's tiles: equal at all sites, which share a step's records."""
 
-    decode: Variant
-    prefill: Variant
+    block_m: int
+    block_r: int
 
 
-def variants(dtype: torch.dtype) -> Variants:
-    """The variants of a dtype. Float32 has no matrix unit at full precision, so its tiles are smaller."""
+def default_entries(dtype: torch.dtype) -> tuple[Entry, ...]:
+    """Untuned entries of a dtype, for all features, chosen to compile without spills on sm_80, sm_90 and sm_100.
+
+    Float32 has no matrix unit at full precision, so its tiles are smaller.
+    """
+    name = dtype_name(dtype)
     if dtype.itemsize >= 4:
-        return Variants(
-            Variant("decode", ShrinkConfig(16, 16, 32, 2, 2), ExpandConfig(16, 16, 64, 4, 2)),
-            Variant("prefill", ShrinkConfig(32, 16, 32, 4, 2), ExpandConfig(32, 16, 64, 8, 2)),
+        return (
+            Entry(name, "decode", 1, ShrinkConfig(16, 16, 32, 2, 2), ExpandConfig(16, 16, 64, 4, 2)),
+            Entry(name, "prefill", 1, ShrinkConfig(32, 16, 32, 8, 2), ExpandConfig(32, 16, 64, 8, 2)),
         )
-    return Variants(
-        Variant("decode", ShrinkConfig(16, 16, 128, 4, 4), ExpandConfig(16, 16, 128, 4, 2)),
-        Variant("prefill", ShrinkConfig(64, 32, 128, 4, 3), ExpandConfig(64, 32, 128, 8, 2)),
+    return (
+        Entry(name, "decode", 1, ShrinkConfig(16, 16, 128, 4, 4), ExpandConfig(16, 16, 128, 2, 2)),
+        Entry(name, "prefill", 1, ShrinkConfig(64, 32, 128, 8, 3), ExpandConfig(64, 32, 64, 4, 2)),
     )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def split_columns(in_features: int, block_k: int) -> tuple[int, int]:
@@ -71,6 +98,11 @@ def split_columns(in_features: int, block_k: int) -> tuple[int, int]:
     columns = max(_MIN_SPLIT, -(-in_features // MAX_SPLITS))
     columns = -(-columns // block_k) * block_k
     return columns, -(-in_features // columns)
+
+
+def padded_programs(most: int, beside: int) -> int:
+    """Programs along the records of a padded launch: `most`, or fewer where `beside` programs stand beside each."""
+    return min(most, -(-PADDED_PROGRAMS // beside))
 
 
 def largest_power_of_two(limit: int, *numbers: int) -> int:
@@ -83,12 +115,14 @@ def largest_power_of_two(limit: int, *numbers: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What one variant runs at every site: ranges of the step's static records, and where its h lies.
+    """What one variant runs at every site, as (row of the header in the step's static records, programs).
 
     `shrink` records name (token, entry, rank block) tiles, `expand` records token tiles with all their entries.
+    With `padded`, programs are an upper bound, to be brought down to what a card holds.
     """
 
-    variant: Variant
+    variant: VariantName
     partials: bool
+    padded: bool
     shrink: tuple[int, int]
     expand: tuple[int, int]

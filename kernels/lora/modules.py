@@ -1,9 +1,9 @@
 """Which module belongs to which site, and the checks of segments that every backend shares."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .interface import ModuleWeights, Segment, Site
+from .interface import ModuleWeights, ScaleName, Segment, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +46,28 @@ class ModuleIndex:
             places.setdefault(site, []).append((number, module))
         return places
 
-    def check_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Raises KeyError for an unknown module, ValueError for a rank below one or an adapter without modules."""
+    def check_ranks(self, ranks: Mapping[str, int], scales: Collection[tuple[str, ScaleName]] = ()) -> None:
+        """Raises KeyError for an unknown module, ValueError for what `LoraBackend.reserve` refuses."""
         if not ranks:
             raise ValueError("an adapter needs at least one module")
+        scaled = {module for module, _ in scales}
         for module, rank in ranks.items():
             if module not in self._place:
                 raise KeyError(module)
-            if rank < 1:
-                raise ValueError(f"rank {rank} of {module} is below 1")
+            if rank < (0 if module in scaled else 1):
+                raise ValueError(f"rank {rank} of {module} is below {0 if module in scaled else 1}")
+        for module, which in scales:
+            if module not in ranks:
+                raise ValueError(f"the {which} scale of {module} needs a rank for the module (0 without a pair)")
+            if which == "in" and len(self._sites[self._place[module][0]].slices) > 1:
+                raise ValueError(f"{module} shares its input with other modules, so its input cannot be scaled")
 
-    def check_weights(self, ranks: Mapping[str, int], modules: Mapping[str, ModuleWeights]) -> None:
+    def check_weights(
+        self,
+        ranks: Mapping[str, int],
+        scales: Collection[tuple[str, ScaleName]],
+        modules: Mapping[str, ModuleWeights],
+    ) -> None:
         """Raises ValueError when the weights are not those that were reserved."""
         if ranks.keys() != modules.keys():
             different = sorted(ranks.keys() ^ modules.keys())
@@ -69,6 +80,11 @@ class ModuleIndex:
                     f"{module}: A {tuple(weights.A.shape)} and B {tuple(weights.B.shape)}, "
                     f"reserved A {(rank, inputs)} and B {(outputs, rank)}"
                 )
+            for which, vector, size in (("out", weights.out_scale, outputs), ("in", weights.in_scale, inputs)):
+                reserved = (module, which) in scales
+                if (vector is not None) != reserved or (vector is not None and tuple(vector.shape) != (size,)):
+                    given = "none" if vector is None else tuple(vector.shape)
+                    raise ValueError(f"{module}: {which} scale {given}, reserved {(size,) if reserved else 'none'}")
 
 
 def check_segments(

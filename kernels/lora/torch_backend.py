@@ -5,20 +5,22 @@ one per long range of tokens over the adapter's own tensors:
 
     h[m, t, R] = x[m, t, in] A[m, R, in]^T,   h *= s w (float32),   out[m, t, g] += h[m, t, r] B[m, r, g]
 
-In decode the usual group is: every adapter on its row, one token each, in token order. Then x and out are used as
-they lie, and the expand accumulates straight into out. Accumulation order depends on the shape of the group.
+B lies multiplied by the output scale; what scales do to x and to the base product is a product per segment. In decode
+the usual group is: every adapter on its row, one token each, in token order. Then x and out are used as they lie, and
+the expand accumulates straight into out. Accumulation order depends on the shape of the group.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, Segment, Site
-from .modules import ModuleIndex, SetLimits, check_segments, check_set
+from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, ScaleName, Segment, Site
+from .modules import SetLimits
+from .slots import Adapter, BackendPlan, PlanKey, Sets, SlotBackend
 from .torch_bank import Bank, Run, Signature, SiteTensors, bucket
 from .torch_plan import Entry, Group, Pattern, make_entries, make_pattern
 
@@ -27,20 +29,14 @@ _RECENT_PLANS = 8
 _SCATTERED_PLANS = 4
 
 
-@dataclass(slots=True)
-class _Adapter:
-    """A slot's own tensors by site, and what banks they go to."""
+@dataclass(slots=True, kw_only=True)
+class _Adapter(Adapter):
+    """A slot's own tensors by site, what banks they go to, and its vectors g - 1 and l - 1 by (site, slice, which)."""
 
     sites: dict[int, SiteTensors]
     signatures: dict[int, Signature]
-    ranks: dict[str, int]
+    vectors: dict[tuple[int, int, ScaleName], Tensor]
     nbytes: int
-    filled: bool = False
-    published: bool = False
-
-    @property
-    def rank(self) -> int:
-        return max(self.ranks.values())
 
 
 class _GroupStep:
@@ -59,25 +55,37 @@ class _GroupStep:
             and only.out_features == bank.site.out_features
         )
         # Copies of a gather group are made at each use: they would otherwise double the memory of every site.
-        self._kept = self._weights() if group.rows.index is None else None
+        kept = group.rows.index is None
+        self._kept_A = self._shrink_weights() if kept else None
+        self._kept_B = self._expand_weights() if kept else None
 
-    def _weights(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _shrink_weights(self) -> tuple[Tensor, Tensor]:
         group = self._group
         scale = group.rows.take(self._scale).unsqueeze(1)
         if group.weights is not None:
             scale = scale * group.weights
-        A = group.rows.take(self._A).transpose(1, 2)
-        B = [
+        return group.rows.take(self._A).transpose(1, 2), scale
+
+    def _expand_weights(self) -> list[Tensor]:
+        group = self._group
+        return [
             group.rows.take(stacked).view(group.count * run.num_chunks, run.rank, run.width)
             for (run, _, _), stacked in zip(self._runs, self._B, strict=True)
         ]
-        return A, scale, B
 
-    def add(self, x: Tensor, out: Tensor) -> None:
+    def shrink(self, x: Tensor) -> Tensor:
+        """h [m, length, R], scaled."""
         group = self._group
-        A, scale, B = self._kept or self._weights()
+        A, scale = self._kept_A or self._shrink_weights()
         inputs = group.source.take(x).to(A.dtype).view(group.count, group.length, x.shape[1])
-        h = torch.bmm(inputs, A).mul_(scale)
+        return torch.bmm(inputs, A).mul_(scale)
+
+    def expand(self, h: Tensor, out: Tensor, gates: Tensor | None) -> None:
+        """Adds the group's term to out."""
+        group = self._group
+        B = self._kept_B or self._expand_weights()
+        if gates is not None:
+            h.mul_(group.gates(gates))
         if self.direct and out.is_contiguous():
             run, spread, _ = self._runs[0]
             start = group.sums[0][0].start
@@ -91,9 +99,9 @@ class _GroupStep:
                 target.add_(torch.bmm(h, B[0]))
             return
         for run, spread, number in self._runs:
-            self._add_run(self._expand(h, run, spread, B[number]), out[:, run.column : run.column + run.out_features])
+            self._add_run(self._run(h, run, spread, B[number]), out[:, run.column : run.column + run.out_features])
 
-    def _expand(self, h: Tensor, run: Run, spread: Tensor | None, B: Tensor) -> Tensor:
+    def _run(self, h: Tensor, run: Run, spread: Tensor | None, B: Tensor) -> Tensor:
         """The run's product as [m * length, outputs of the run]."""
         group, slices = self._group, len(run.slices)
         h = h[:, :, run.offset : run.offset + slices * run.rank]
@@ -117,37 +125,70 @@ class _GroupStep:
 class _LongStep:
     """The ranges of one long entry at one site; s w multiplies the expand's float32 accumulator."""
 
-    def __init__(self, site: Site, tensors: SiteTensors, ranges: Sequence[tuple[int, int, float]]) -> None:
+    def __init__(self, site: Site, tensors: SiteTensors, ranges: Sequence[tuple[int, int, float, int]]) -> None:
         self._ranges = ranges
         self._A = tensors.A.T
         self._parts: list[tuple[slice, slice, Tensor, float]] = []
         rank = 0
         for number, B in sorted(tensors.B.items()):
-            column = sum(part.out_features for part in site.slices[:number])
+            column = site.column(number)
             outputs = slice(column, column + site.slices[number].out_features)
             self._parts.append((slice(rank, rank + len(B)), outputs, B, tensors.scales[number]))
             rank += len(B)
 
-    def add(self, x: Tensor, out: Tensor) -> None:
-        for start, end, weight in self._ranges:
-            h = x[start:end] @ self._A
-            target = out[start:end]
+    def shrink(self, x: Tensor) -> Tensor:
+        """h of the ranges, end to end."""
+        return torch.cat([x[start:end] @ self._A for start, end, _, _ in self._ranges])
+
+    def expand(self, h: Tensor, out: Tensor, gates: Tensor | None) -> None:
+        """Adds the entry's term to out."""
+        row = 0
+        for start, end, weight, level in self._ranges:
+            own, target = h[row : row + end - start], out[start:end]
+            row += end - start
+            if gates is not None:
+                own = (own * gates[start:end, level : level + 1]).to(h.dtype)
             for ranks, outputs, B, scale in self._parts:
-                target[:, outputs].addmm_(h[:, ranks], B, alpha=scale * weight)
+                target[:, outputs].addmm_(own[:, ranks], B, alpha=scale * weight)
 
 
-class TorchLoraPlan:
+@dataclass(frozen=True, slots=True)
+class _Scaling:
+    """x[start:end, columns] *= 1 + sum_i w_i vector_i, with `terms` (place in the set, w_i, vector_i)."""
+
+    start: int
+    end: int
+    columns: slice
+    terms: tuple[tuple[int, float, Tensor], ...]
+
+    def apply(self, x: Tensor, gates: Tensor | None) -> None:
+        """Scales in place; the factor is computed in float32 or better."""
+        target = x[self.start : self.end, self.columns]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        factor = torch.ones((), dtype=wide, device=x.device)
+        for place, weight, vector in self.terms:
+            term = vector.to(wide) * weight
+            factor = factor + (term if gates is None else gates[self.start : self.end, place : place + 1] * term)
+        target.copy_(target.to(wide) * factor)
+
+
+class TorchLoraPlan(BackendPlan):
     """The steps of every site that the plan's adapters touch. Made by `TorchLoraBackend.plan`."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
+    def __init__(self, num_tokens: int, sets: Sets) -> None:
+        super().__init__(num_tokens, sets)
         self.steps: dict[int, list[_GroupStep | _LongStep]] = {}
+        self.scalings: dict[tuple[int, ScaleName], list[_Scaling]] = {}
         self.rows: list[tuple[Bank, int, frozenset[int]]] = []
         self.slots: frozenset[int] = frozenset()
 
     def touches(self, site: Site) -> bool:
-        """Whether any adapter of the plan has weights at the site."""
-        return site.index in self.steps
+        """Whether any adapter of the plan has weights or an output scale at the site."""
+        return site.index in self.steps or (site.index, "out") in self.scalings
+
+    def scales_input(self, site: Site) -> bool:
+        """Whether any adapter of the plan scales the site's input."""
+        return (site.index, "in") in self.scalings
 
     @property
     def current(self) -> bool:
@@ -155,7 +196,7 @@ class TorchLoraPlan:
         return all(bank.generation == generation for bank, generation, _ in self.rows)
 
 
-class TorchLoraBackend:
+class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
     """The LoRA operations on plain torch tensors; the contract is `interface.LoraBackend`.
 
     `bytes_used` counts the adapters' own tensors. Active banks, which hold copies of the adapters that recent steps
@@ -173,24 +214,21 @@ class TorchLoraBackend:
         max_slots: int,
         limits: SetLimits,
     ) -> None:
-        self.sites = tuple(sites)
-        self.dtype = dtype
-        self.device = device
-        self._index = ModuleIndex(self.sites)
+        super().__init__(sites, dtype=dtype, device=device, max_slots=max_slots, limits=limits)
         # A CPU's batched products in half precision pay more per call than float32 pays in bytes.
         half_on_cpu = device.type == "cpu" and dtype.itemsize < 4
         self._bank_dtype = torch.float32 if half_on_cpu else dtype
         self._budget = budget_bytes
-        self._limits = limits
-        self._adapters: list[_Adapter | None] = [None] * max_slots
         self._used = 0
         self._banks: dict[tuple[int, Signature], Bank] = {}
         self._plans: OrderedDict[tuple[tuple[Segment, ...], int], TorchLoraPlan] = OrderedDict()
         self._scattered = 0
 
-    def bytes_needed(self, ranks: Mapping[str, int]) -> int:
-        """rank * (in + out) elements per module, in the backend's dtype."""
-        return sum(rank * sum(self._index.shape(module)) for module, rank in ranks.items()) * self.dtype.itemsize
+    def bytes_needed(self, ranks: Mapping[str, int], scales: Collection[tuple[str, ScaleName]] = ()) -> int:
+        """rank * (in + out) elements per module and out or in per scale vector, in the backend's dtype."""
+        elements = sum(rank * sum(self._index.shape(module)) for module, rank in ranks.items())
+        elements += sum(self._index.shape(module)[which == "out"] for module, which in scales)
+        return elements * self.dtype.itemsize
 
     @property
     def bytes_used(self) -> int:
@@ -207,20 +245,16 @@ class TorchLoraBackend:
         """Bytes of the active banks."""
         return sum(bank.nbytes for bank in self._banks.values())
 
-    def reserve(self, ranks: Mapping[str, int]) -> int:
-        """A new slot. Raises `ArenaFullError` (free 0 when slots, not bytes, have run out), KeyError, ValueError."""
-        self._index.check_ranks(ranks)
-        needed = self.bytes_needed(ranks)
+    def _reserve(self, ranks: dict[str, int], scales: frozenset[tuple[str, ScaleName]]) -> _Adapter:
+        needed = self.bytes_needed(ranks, scales)
         free = self._budget - self._used
         if needed > free:
             raise ArenaFullError(needed, free)
-        slot = next((number for number, adapter in enumerate(self._adapters) if adapter is None), None)
-        if slot is None:
-            raise ArenaFullError(needed, 0)
         sites: dict[int, SiteTensors] = {}
         signatures: dict[int, Signature] = {}
+        vectors: dict[tuple[int, int, ScaleName], Tensor] = {}
         with torch.inference_mode(False):
-            for number, modules in self._index.by_site(ranks).items():
+            for number, modules in self._index.by_site(module for module, rank in ranks.items() if rank).items():
                 site = self.sites[number]
                 by_slice = {part: ranks[module] for part, module in modules}
                 A = torch.empty(sum(by_slice.values()), site.in_features, dtype=self.dtype, device=self.device)
@@ -233,41 +267,39 @@ class TorchLoraBackend:
                 signatures[number] = tuple(
                     bucket(by_slice[part], features) if part in by_slice else 0 for part in range(len(site.slices))
                 )
-        self._adapters[slot] = _Adapter(sites, signatures, dict(ranks), needed)
+            for module, which in scales:
+                size = self._index.shape(module)[which == "out"]
+                vectors[*self._index.place(module), which] = torch.empty(size, dtype=self.dtype, device=self.device)
         self._used += needed
-        return slot
+        return _Adapter(
+            ranks=ranks, scales=scales, rank=max(ranks.values()), sites=sites, signatures=signatures, vectors=vectors,
+            nbytes=needed,
+        )  # fmt: skip
 
-    def _adapter(self, slot: int) -> _Adapter:
-        adapter = self._adapters[slot] if 0 <= slot < len(self._adapters) else None
-        if adapter is None:
-            raise ValueError(f"slot {slot} is not reserved")
-        return adapter
-
-    def fill(self, slot: int, modules: Mapping[str, ModuleWeights]) -> None:
-        """Copies the weights into the slot's own tensors. Raises ValueError when they are not what was reserved."""
-        adapter = self._adapter(slot)
-        self._index.check_weights(adapter.ranks, modules)
+    def _fill(self, adapter: _Adapter, modules: Mapping[str, ModuleWeights]) -> None:
+        wide = torch.promote_types(self.dtype, torch.float32)
         with torch.inference_mode(False), torch.no_grad():
-            for number, places in self._index.by_site(modules).items():
-                tensors, row = adapter.sites[number], 0
-                for part, module in places:
-                    weights = modules[module]
-                    tensors.A[row : row + weights.rank].copy_(weights.A)
-                    tensors.B[part].copy_(weights.B.T)
+            for number, tensors in adapter.sites.items():
+                row = 0
+                for part, rank in tensors.ranks.items():
+                    weights = modules[self.sites[number].slices[part].module]
+                    tensors.A[row : row + rank].copy_(weights.A)
+                    B = weights.B if weights.out_scale is None else weights.B * weights.out_scale.to(wide).unsqueeze(1)
+                    tensors.B[part].copy_(B.T)
                     tensors.scales[part] = float(weights.scale)
-                    row += weights.rank
-        adapter.filled = True
+                    row += rank
+            for (number, part, which), vector in adapter.vectors.items():
+                weights = modules[self.sites[number].slices[part].module]
+                scale = weights.out_scale if which == "out" else weights.in_scale
+                assert scale is not None
+                vector.copy_(scale.to(wide) - 1)
 
     def filled(self, slot: int) -> bool:
         """Whether `fill` has returned."""
         return self._adapter(slot).filled
 
-    def publish(self, slot: int) -> None:
-        """Makes the slot usable by plans. Raises ValueError before it is filled."""
-        adapter = self._adapter(slot)
-        if not adapter.filled:
-            raise ValueError(f"slot {slot} is not filled")
-        adapter.published = True
+    def _publish(self, slot: int, adapter: _Adapter) -> None:
+        """Nothing: a plan reads the adapter itself."""
 
     def release(self, slot: int) -> None:
         """Frees the slot, its tensors and its rows in the active banks."""
@@ -283,41 +315,38 @@ class TorchLoraBackend:
         self._adapters[slot] = None
         self._used -= adapter.nbytes
 
-    def _published_rank(self, slot: int) -> int:
-        adapter = self._adapter(slot)
-        if not adapter.published:
-            raise ValueError(f"slot {slot} is not published")
-        return adapter.rank
-
-    def check_set(self, slots: Sequence[int]) -> None:
-        """Raises ValueError naming the bound that one set of these published slots would pass."""
-        check_set(slots, self._limits, self._published_rank)
-
     def order(self, slot: int) -> tuple[int, ...]:
         """By bank and row at the adapter's first site: tokens that lie as the rows do are used where they are."""
-        site, signature = next(iter(self._adapter(slot).signatures.items()))
+        first = next(iter(self._adapter(slot).signatures.items()), None)
+        if first is None:
+            return (len(self.sites), slot)
+        site, signature = first
         bank = self._banks.get((site, signature))
         row = None if bank is None else bank.row_of.get(slot)
         return (site, *signature, int(row is None), slot if row is None else row)
 
-    def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> TorchLoraPlan | None:
-        """The step's plan, or None without segments; the same arguments give the same plan while it is current.
-
-        Both lanes share the few latest plans that are kept, all of which stay valid.
-        Raises ValueError for malformed segments, unpublished slots and passed bounds.
-        """
-        if not segments:
-            return None
-        key = (tuple(segments), num_tokens)
-        plan = self._plans.get(key)
+    def _recall(self, key: PlanKey) -> TorchLoraPlan | None:
+        """Both lanes share the few latest plans that are kept, all of which stay valid; padding makes no difference."""
+        plan = self._plans.get((key.segments, key.num_tokens))
         if plan is None or not plan.current:
-            check_segments(segments, num_tokens, self._limits, self._published_rank)
-            plan = self._build(segments, num_tokens)
-            self._plans[key] = plan
-            if len(self._plans) > _RECENT_PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
+            return None
+        self._plans.move_to_end((key.segments, key.num_tokens))
         return plan
+
+    def _plan(self, key: PlanKey) -> TorchLoraPlan:
+        plan = self._build(key.segments, key.num_tokens)
+        self._plans[key.segments, key.num_tokens] = plan
+        self._plans.move_to_end((key.segments, key.num_tokens))
+        if len(self._plans) > _RECENT_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def capture_plans(self, num_tokens: int, lane: Lane = "tokens", *, scaled: bool = False) -> Iterator[TorchLoraPlan]:
+        """Nothing: plans have no keys."""
+        return iter(())
+
+    def _own(self, plan: LoraPlan) -> TorchLoraPlan:
+        return cast(TorchLoraPlan, plan)
 
     def _place(self, key: tuple[int, Signature], slots: Sequence[int], busy: Mapping[Bank, set[int]]) -> Bank:
         """The bank of a site and signature with a row for each of the slots."""
@@ -361,7 +390,7 @@ class TorchLoraBackend:
                 if pattern.scattered:
                     bank.pack(slots)
                     made[number] = (bank, slots, self._pattern(patterns, bank, slots, entries))
-        plan = TorchLoraPlan(num_tokens)
+        plan = TorchLoraPlan(num_tokens, Sets.of(segments))
         plan.slots = frozenset(entries)
         for bank, slots, pattern in made:
             plan.rows.append((bank, bank.generation, frozenset(bank.row_of[slot] for slot in slots)))
@@ -371,7 +400,22 @@ class TorchLoraBackend:
                 for number, tensors in self._adapter(slot).sites.items():
                     step = _LongStep(self.sites[number], tensors, entry.ranges)
                     plan.steps.setdefault(number, []).append(step)
+        self._add_scalings(plan, segments)
         return plan
+
+    def _add_scalings(self, plan: TorchLoraPlan, segments: Sequence[Segment]) -> None:
+        """One scaling per segment and slice that has vectors."""
+        for segment in segments:
+            terms: dict[tuple[int, int, ScaleName], list[tuple[int, float, Tensor]]] = {}
+            for place, (slot, weight) in enumerate(segment.adapters):
+                for where, vector in self._adapter(slot).vectors.items():
+                    terms.setdefault(where, []).append((place, weight, vector))
+            for (number, part, which), parts in terms.items():
+                site = self.sites[number]
+                column = site.column(part) if which == "out" else 0
+                columns = slice(column, column + len(parts[0][2]))
+                scaling = _Scaling(segment.start, segment.end, columns, tuple(parts))
+                plan.scalings.setdefault((number, which), []).append(scaling)
 
     def _pattern(
         self,
@@ -386,7 +430,19 @@ class TorchLoraBackend:
             pattern = patterns[placed] = make_pattern(entries, placed, self.device)
         return pattern
 
-    def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan) -> None:
-        """out[t] += the LoRA term, in place; x [tokens, in], out [tokens, sum of outs] with unit stride."""
-        for step in cast(TorchLoraPlan, plan).steps.get(site.index, ()):
-            step.add(x, out)
+    def _scale_input(self, site: Site, x: Tensor, plan: TorchLoraPlan, gates: Tensor | None) -> Tensor:
+        scaled = x.clone()
+        for scaling in plan.scalings[site.index, "in"]:
+            scaling.apply(scaled, gates)
+        return scaled
+
+    def _shrink(self, site: Site, x: Tensor, plan: TorchLoraPlan) -> tuple[Tensor, ...]:
+        return tuple(step.shrink(x) for step in plan.steps.get(site.index, ()))
+
+    def _expand(
+        self, site: Site, out: Tensor, plan: TorchLoraPlan, h: tuple[Tensor, ...], gates: Tensor | None
+    ) -> None:
+        for scaling in plan.scalings.get((site.index, "out"), ()):
+            scaling.apply(out, gates)
+        for step, shrunk in zip(plan.steps.get(site.index, ()), h, strict=True):
+            step.expand(shrunk, out, gates)

@@ -36,14 +36,14 @@ class Entry:
     """
 
     slot: int
-    ranges: tuple[tuple[int, int, float], ...]
+    ranges: tuple[tuple[int, int, float, int], ...]
     tokens: np.ndarray
     weights: np.ndarray
     levels: np.ndarray
 
     @property
     def is_long(self) -> bool:
-        """Whether the ranges, (start, end, weight) each, are long enough to be products of their own."""
+        """Whether the ranges, (start, end, weight, level) each, are long enough to be products of their own."""
         return len(self.tokens) > SHORT * len(self.ranges)
 
 
@@ -61,7 +61,7 @@ def make_entries(segments: Sequence[Segment]) -> dict[int, Entry]:
         lengths = [end - start for start, end, _, _ in ranges]
         entries[slot] = Entry(
             slot,
-            tuple((start, end, weight) for start, end, weight, _ in ranges),
+            tuple(ranges),
             np.concatenate([np.arange(start, end) for start, end, _, _ in ranges]),
             np.repeat(np.array([weight for _, _, weight, _ in ranges], dtype=np.float32), lengths),
             np.repeat(np.array([level for _, _, _, level in ranges]), lengths),
@@ -96,7 +96,8 @@ class Group:
 
     `source` are the m * length input rows. `sums` are (rows of out, rows of the product or None for all), one per
     level. `weights` is [m, length, 1] float32, or [m, 1, 1] where equal along a row, or None where all are one.
-    `aligned`: product row i is output row sums[0][0].start + i, for all i.
+    `levels` [m * length, 1] are the columns of gates, None where all are 0. `aligned`: product row i is output row
+    sums[0][0].start + i, for all i.
     """
 
     rows: Rows
@@ -105,7 +106,14 @@ class Group:
     source: Rows
     sums: tuple[tuple[Rows, Rows | None], ...]
     weights: Tensor | None
+    levels: Tensor | None
     aligned: bool
+
+    def gates(self, gates: Tensor) -> Tensor:
+        """The gates [tokens, n] of the group's rows, [m, length, 1]."""
+        rows = self.source.take(gates)
+        own = rows[:, :1] if self.levels is None else rows.gather(1, self.levels)
+        return own.reshape(self.count, self.length, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +137,14 @@ def _make_group(entries: Sequence[Entry], rows: Sequence[int], length: int, view
     places = [row - lo for row in rows] if view else range(len(rows))
     source = np.full((count, length), entries[0].tokens[0], dtype=np.int64)
     weights = np.ones((count, length, 1), dtype=np.float32)
+    columns = np.zeros((count, length), dtype=np.int64)
     tokens, positions, levels = [], [], []
     for place, entry in zip(places, entries, strict=True):
         size = len(entry.tokens)
         source[place, :size] = entry.tokens
         weights[place, :size, 0] = entry.weights
         weights[place, size:, 0] = entry.weights[-1]
+        columns[place, :size] = entry.levels
         tokens.append(entry.tokens)
         positions.append(np.arange(place * length, place * length + size))
         levels.append(entry.levels)
@@ -152,9 +162,12 @@ def _make_group(entries: Sequence[Entry], rows: Sequence[int], length: int, view
     else:
         same = bool(np.all(weights == weights[:, :1]))
         scale = torch.from_numpy(weights[:, :1] if same else weights).to(device)
+    gate_columns = torch.from_numpy(columns.reshape(-1, 1)).to(device) if columns.any() else None
     bank_rows = Rows(lo, lo + count, None) if view else Rows.of(np.array(rows), device)
     aligned = len(sums) == 1 and sums[0][1] is None and sums[0][0].index is None
-    return Group(bank_rows, count, length, Rows.of(source.reshape(-1), device), tuple(sums), scale, aligned)
+    return Group(
+        bank_rows, count, length, Rows.of(source.reshape(-1), device), tuple(sums), scale, gate_columns, aligned
+    )
 
 
 def make_pattern(entries: Mapping[int, Entry], placed: Sequence[tuple[int, int]], device: torch.device) -> Pattern:

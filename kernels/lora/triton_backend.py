@@ -5,39 +5,60 @@ and prefill segments of the same step are launched apart, each at its own tile s
 token's result follows from in_features, its set and its segment's length, never from other segments.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from loramux.kernels.buffers import StaticBuffer
+
 from .arena import ALIGNMENT_BYTES, Arena, Block
 from .expand import expand_kernel
-from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, Segment, Site
-from .launch import ENTRY_WIDTH, RECORD_WIDTH, Launch, largest_power_of_two, split_columns, variants
-from .modules import ModuleIndex, SetLimits, check_segments, check_set
+from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, Overlap, ScaleName, Site
+from .launch import (
+    ENTRY_WIDTH,
+    RECORD_WIDTH,
+    SCALE_ELEMENTS,
+    SCALED_REGISTERS,
+    VARIANTS,
+    Launch,
+    VariantName,
+    largest_power_of_two,
+    padded_programs,
+    split_columns,
+)
+from .modules import SetLimits
+from .scale import scale_kernel
 from .shrink import shrink_kernel
-from .triton_plan import StaticBuffer, TritonLoraPlan, build, max_records, partial_rows, scratch
+from .slots import Adapter, PlanKey, Sets, SlotBackend
+from .table import DTYPES, LaunchTable
+from .triton_plan import (
+    TouchedSites,
+    TritonLoraPlan,
+    build,
+    build_padded,
+    max_records,
+    partial_rows,
+    scratch,
+    site_bits,
+)
 
 
-@dataclass(slots=True)
-class _Adapter:
-    """A slot's blocks by module number, and the state of its copy."""
+@dataclass(slots=True, kw_only=True)
+class _Adapter(Adapter):
+    """A slot's blocks by module number, the sites they are of, and the state of its copy."""
 
     blocks: dict[int, Block]
-    ranks: dict[str, int]
-    scales: dict[int, float] = field(default_factory=dict)
-    sites: frozenset[int] = frozenset()
+    sites: TouchedSites
+    module_scales: dict[int, float] = field(default_factory=dict)
     reserved: "torch.cuda.Event | None" = None
     copied: "torch.cuda.Event | None" = None
     sources: Mapping[str, ModuleWeights] | None = None
-    filled: bool = False
-    published: bool = False
-
-    @property
-    def rank(self) -> int:
-        return max(self.ranks.values())
 
 
 def _ended(event: "torch.cuda.Event | None") -> bool:
@@ -45,29 +66,29 @@ def _ended(event: "torch.cuda.Event | None") -> bool:
 
 
 class _LaneState:
-    """The static metadata buffers of one lane, and the plan that lies in them."""
+    """The static metadata buffers of one lane, the plan in them, and its launches' (shrink, expand) records."""
 
     def __init__(self, limits: SetLimits, device: torch.device) -> None:
         rows = max_records(limits.max_tokens, limits.max_set_size, limits.max_set_rank)
         self.records = StaticBuffer(rows, RECORD_WIDTH, device)
         self.entries = StaticBuffer(limits.max_tokens * limits.max_set_size, ENTRY_WIDTH, device)
-        self.key: tuple[tuple[Segment, ...], int] | None = None
+        self.views: list[tuple[Tensor, Tensor]] = []
+        self.key: PlanKey | None = None
         self.plan: TritonLoraPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _SiteLayout:
-    """Constants of a site: its first module number, its splits, and its output tiles per variant."""
+    """Constants of a site: its first module number, its splits, and by variant the kernels' constants and the tiles."""
 
     first_module: int
-    split_columns: int
     splits: int
-    even_columns: bool
-    out_align: int
-    tiles: dict[str, Tensor]
+    shrink: dict[VariantName, dict[str, Any]]
+    expand: dict[VariantName, dict[str, Any]]
+    tiles: dict[VariantName, Tensor]
 
 
-class TritonLoraBackend:
+class TritonLoraBackend(SlotBackend[_Adapter, TritonLoraPlan]):
     """The LoRA operations as Triton kernels; the contract is `interface.LoraBackend`.
 
     A plan's metadata lives in static buffers, a set of them per lane: a plan is valid until `plan` makes another one
@@ -84,25 +105,30 @@ class TritonLoraBackend:
         budget_bytes: int,
         max_slots: int,
         limits: SetLimits,
+        table: LaunchTable,
+        overlap: Overlap = "none",
     ) -> None:
-        """Raises ValueError for a dtype or device the kernels do not serve."""
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        """Raises ValueError for a dtype, a device or an overlap that the kernels do not serve."""
+        if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype} is not served; use float32, bfloat16 or float16")
-        self.sites = tuple(sites)
-        self.dtype = dtype
-        self.device = device
-        self._cuda = device.type == "cuda"
-        if not self._cuda and isinstance(shrink_kernel, JITFunction):
+        cuda = device.type == "cuda"
+        if not cuda and isinstance(shrink_kernel, JITFunction):
             raise ValueError(f"Triton kernels do not run on {device}; use the torch implementation")
-        self._limits = limits
-        self._index = ModuleIndex(self.sites)
-        self._variants = variants(dtype)
+        _check_overlap(overlap, device)
+        super().__init__(sites, dtype=dtype, device=device, max_slots=max_slots, limits=limits)
+        self._choices = table.choose(dtype)
+        self._tiles = {variant: self._choices.tile(variant) for variant in VARIANTS}
+        self._dependent = overlap == "launch"
         self._layouts = [self._layout(site) for site in self.sites]
         shapes = [(site.in_features, part.out_features) for site in self.sites for part in site.slices]
         self._num_modules = len(shapes)
         self.arena = Arena(shapes, dtype=dtype, device=device, budget_bytes=budget_bytes, slots=max_slots)
-        self._adapters: list[_Adapter | None] = [None] * max_slots
         self._lanes: dict[Lane, _LaneState] = {"tokens": _LaneState(limits, device), "rows": _LaneState(limits, device)}
+        self._everywhere = {
+            (lane, scaled): _all_sites(self.sites, lane, scaled=scaled)
+            for lane in self._lanes
+            for scaled in (False, True)
+        }
         self._partial_rows = partial_rows(limits.max_tokens)
         self._whole, self._parts = scratch(
             limits.max_tokens,
@@ -112,40 +138,67 @@ class TritonLoraBackend:
             limits.max_set_rank,
             device,
         )
-        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._fill_stream = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device) if overlap == "stream" else None  # type: ignore[no-untyped-call]
 
     def _layout(self, site: Site) -> _SiteLayout:
-        block_k = self._variants.decode.shrink.block_k
-        columns, splits = split_columns(site.in_features, block_k)
+        align = ALIGNMENT_BYTES // self.dtype.itemsize
         widths = [part.out_features for part in site.slices]
-        tiles: dict[str, Tensor] = {}
-        for variant in (self._variants.decode, self._variants.prefill):
+        columns, splits = split_columns(site.in_features, self._choices.shrink("decode", site.in_features).block_k)
+        shrink: dict[VariantName, dict[str, Any]] = {}
+        expand: dict[VariantName, dict[str, Any]] = {}
+        tiles: dict[VariantName, Tensor] = {}
+        for variant in VARIANTS:
+            config = self._choices.shrink(variant, site.in_features)
+            shrink[variant] = {
+                "SPLIT_K": columns,
+                "NUM_SPLITS": splits,
+                "EVEN_K": site.in_features % config.block_k == 0,
+                "ALIGN": align,
+                "DEPENDENTS": self._dependent,
+                "BLOCK_M": config.block_m,
+                "BLOCK_R": config.block_r,
+                "BLOCK_K": config.block_k,
+                "num_warps": config.num_warps,
+                "num_stages": config.num_stages,
+            }
+            wide = self._choices.expand(variant, site.out_features)
+            expand[variant] = {
+                "ALIGN": align,
+                "OUT_ALIGN": largest_power_of_two(align, *widths),
+                "DEPENDENT": self._dependent,
+                "BLOCK_M": wide.block_m,
+                "BLOCK_R": wide.block_r,
+                "BLOCK_N": wide.block_n,
+                "num_warps": wide.num_warps,
+                "num_stages": wide.num_stages,
+            }
+            if self._dependent:
+                expand[variant]["launch_pdl"] = True
             rows: list[tuple[int, int, int, int]] = []
             for part, width in enumerate(widths):
-                column = sum(widths[:part])
-                rows.extend((part, first, width, column) for first in range(0, width, variant.expand.block_n))
+                rows.extend((part, first, width, site.column(part)) for first in range(0, width, wide.block_n))
             with torch.inference_mode(False):
-                tiles[variant.name] = torch.tensor(rows, dtype=torch.int32, device=self.device)
-        return _SiteLayout(
-            sum(len(before.slices) for before in self.sites[: site.index]),
-            columns,
-            splits,
-            site.in_features % block_k == 0,
-            largest_power_of_two(ALIGNMENT_BYTES // self.dtype.itemsize, *widths),
-            tiles,
-        )
+                tiles[variant] = torch.tensor(rows, dtype=torch.int32, device=self.device)
+        first_module = sum(len(before.slices) for before in self.sites[: site.index])
+        return _SiteLayout(first_module, splits, shrink, expand, tiles)
 
-    def _numbers(self, ranks: Mapping[str, int]) -> dict[int, int]:
-        """{module number: rank} in ascending order."""
-        numbers: dict[int, int] = {}
+    def _numbers(
+        self, ranks: Mapping[str, int], scales: Collection[tuple[str, ScaleName]]
+    ) -> tuple[dict[int, int], frozenset[tuple[int, ScaleName]]]:
+        """({module number: rank} in ascending order, {(module number, which)})."""
+        numbers: dict[str, int] = {}
         for site, places in self._index.by_site(ranks).items():
             for part, module in places:
-                numbers[self._layouts[site].first_module + part] = ranks[module]
-        return numbers
+                numbers[module] = self._layouts[site].first_module + part
+        return (
+            {number: ranks[module] for module, number in numbers.items()},
+            frozenset((numbers[module], which) for module, which in scales),
+        )
 
-    def bytes_needed(self, ranks: Mapping[str, int]) -> int:
-        """rank * (in + out) elements per module in the backend's dtype, each matrix rounded up to 16 bytes."""
-        return self.arena.bytes_needed(self._numbers(ranks))
+    def bytes_needed(self, ranks: Mapping[str, int], scales: Collection[tuple[str, ScaleName]] = ()) -> int:
+        """rank * (in + out) elements per module, out or in per scale, each matrix and vector rounded up to 16 bytes."""
+        return self.arena.bytes_needed(*self._numbers(ranks, scales))
 
     @property
     def bytes_used(self) -> int:
@@ -154,63 +207,57 @@ class TritonLoraBackend:
 
     @property
     def bytes_total(self) -> int:
-        """The budget in bytes."""
+        """The budget in bytes, rounded down to 16."""
         return self.arena.bytes_total
 
-    def reserve(self, ranks: Mapping[str, int]) -> int:
-        """A new slot. Raises `ArenaFullError` (free 0 when slots, not bytes, have run out), KeyError, ValueError."""
-        self._index.check_ranks(ranks)
-        numbers = self._numbers(ranks)
-        needed = self.arena.bytes_needed(numbers)
-        slot = next((number for number, adapter in enumerate(self._adapters) if adapter is None), None)
-        if slot is None:
-            raise ArenaFullError(needed, 0)
-        blocks = self.arena.allocate(numbers)
+    def _reserve(self, ranks: dict[str, int], scales: frozenset[tuple[str, ScaleName]]) -> _Adapter:
+        numbers = self._numbers(ranks, scales)
+        blocks = self.arena.allocate(*numbers)
         if blocks is None:
+            needed = self.arena.bytes_needed(*numbers)
             raise ArenaFullError(needed, self.arena.free_for(needed))
-        adapter = _Adapter(blocks, dict(ranks), sites=frozenset(self._index.by_site(ranks)))
-        if self._stream is not None:
+        out_scaled = site_bits(self._index.place(module)[0] for module, which in scales if which == "out")
+        in_scaled = site_bits(self._index.place(module)[0] for module, which in scales if which == "in")
+        paired = site_bits(self._index.place(module)[0] for module, rank in ranks.items() if rank)
+        sites = TouchedSites(paired | out_scaled, out_scaled, in_scaled)
+        adapter = _Adapter(ranks=ranks, scales=scales, rank=max(ranks.values()), blocks=blocks, sites=sites)
+        if self._fill_stream is not None:
             adapter.reserved = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            adapter.reserved.record(torch.cuda.current_stream(self.device))
-        self._adapters[slot] = adapter
-        return slot
-
-    def _adapter(self, slot: int) -> _Adapter:
-        adapter = self._adapters[slot] if 0 <= slot < len(self._adapters) else None
-        if adapter is None:
-            raise ValueError(f"slot {slot} is not reserved")
+            adapter.reserved.record()
         return adapter
 
-    def fill(self, slot: int, modules: Mapping[str, ModuleWeights]) -> None:
-        """Copies the weights into the arena. Raises ValueError when they are not what was reserved.
-
-        On a card the copies run on the backend's copy stream, after the kernels that were launched before `reserve`
-        (they may still read what lay there); the weights are kept alive until the copies have ended.
-        """
-        adapter = self._adapter(slot)
-        self._index.check_weights(adapter.ranks, modules)
-        if self._stream is None:
+    def _fill(self, adapter: _Adapter, modules: Mapping[str, ModuleWeights]) -> None:
+        """Copies on the copy stream, after what read the blocks before; keeps `modules` until the copies have ended."""
+        if self._fill_stream is None:
             self._copy(adapter, modules)
-        else:
-            assert adapter.reserved is not None
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(adapter.reserved)
-                self._copy(adapter, modules)
-                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                copied.record(self._stream)
-            adapter.sources, adapter.copied = modules, copied
-        adapter.filled = True
+            return
+        assert adapter.reserved is not None
+        with torch.cuda.stream(self._fill_stream):
+            self._fill_stream.wait_event(adapter.reserved)
+            self._copy(adapter, modules)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(self._fill_stream)
+        adapter.sources, adapter.copied = modules, copied
 
     def _copy(self, adapter: _Adapter, modules: Mapping[str, ModuleWeights]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for module, weights in modules.items():
                 site, part = self._index.place(module)
                 number = self._layouts[site].first_module + part
-                A, B = self.arena.views(number, adapter.blocks[number])
+                block = adapter.blocks[number]
+                A, B = self.arena.views(number, block)
+                out_scale, in_scale = self.arena.scale_views(number, block)
                 A.copy_(weights.A, non_blocking=True)
                 # Transposed on the device: a strided copy from the host would go through a pageable one.
-                B.copy_(weights.B.to(self.device, non_blocking=True).T)
-                adapter.scales[number] = float(weights.scale)
+                source = weights.B.to(self.device, non_blocking=True).T
+                if out_scale is not None and weights.out_scale is not None:
+                    g = weights.out_scale.to(self.device, non_blocking=True).float()
+                    out_scale.copy_(g - 1)
+                    source = source * g
+                B.copy_(source)
+                if in_scale is not None and weights.in_scale is not None:
+                    in_scale.copy_(weights.in_scale.to(self.device, non_blocking=True).float() - 1)
+                adapter.module_scales[number] = float(weights.scale)
 
     def filled(self, slot: int) -> bool:
         """Whether the copies of `fill` have ended; never blocks."""
@@ -220,18 +267,11 @@ class TritonLoraBackend:
             return True
         return False
 
-    def publish(self, slot: int) -> None:
-        """Makes the slot usable by plans; kernels launched from now on wait for its copies on the device.
-
-        Raises ValueError before `fill` has returned.
-        """
-        adapter = self._adapter(slot)
-        if not adapter.filled:
-            raise ValueError(f"slot {slot} is not filled")
+    def _publish(self, slot: int, adapter: _Adapter) -> None:
+        """Kernels launched from now on wait for the slot's copies on the device."""
         if adapter.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(adapter.copied)
-        self.arena.publish(slot, adapter.blocks, adapter.scales)
-        adapter.published = True
+        self.arena.publish(slot, adapter.blocks, adapter.module_scales)
 
     def release(self, slot: int) -> None:
         """Gives the slot's blocks back to the arena."""
@@ -243,54 +283,74 @@ class TritonLoraBackend:
         for lane in self._lanes.values():
             lane.key = lane.plan = None
 
-    def _published_rank(self, slot: int) -> int:
-        adapter = self._adapter(slot)
-        if not adapter.published:
-            raise ValueError(f"slot {slot} is not published")
-        return adapter.rank
-
-    def check_set(self, slots: Sequence[int]) -> None:
-        """Raises ValueError naming the bound that one set of these published slots would pass."""
-        check_set(slots, self._limits, self._published_rank)
-
     def order(self, slot: int) -> tuple[int, ...]:
         """By slot: any order will do, as long as the same adapter's tokens are neighbours."""
         return (slot,)
 
-    def plan(self, segments: Sequence[Segment], num_tokens: int, lane: Lane = "tokens") -> TritonLoraPlan | None:
-        """The step's plan, or None without segments; the same arguments as last time give the same plan.
+    def _recall(self, key: PlanKey) -> TritonLoraPlan | None:
+        state = self._lanes[key.lane]
+        return state.plan if state.key == key else None
 
-        Raises ValueError for malformed segments, unpublished slots and passed bounds.
-        """
-        if not segments:
+    def _plan(self, key: PlanKey) -> TritonLoraPlan | None:
+        slots = {slot for segment in key.segments for slot, _ in segment.adapters}
+        sites = functools.reduce(operator.or_, {self._adapter(slot).sites for slot in slots})
+        if key.padded and key.num_tokens <= self._partial_rows:
+            return self._padded(key, sites)
+        launches, entries, records = build(key.segments, self._published_rank, self._tiles, self._partial_rows)
+        return self._write(key, launches, entries, records, sites, None)
+
+    def _padded(self, key: PlanKey, sites: TouchedSites) -> TritonLoraPlan | None:
+        """The padded plan of segments that need `sites`, or None where none of them is of the lane "rows"."""
+        everywhere = self._everywhere[key.lane, sites.scaled]
+        if key.lane == "rows" and not sites.term & everywhere.term:
             return None
-        key = (tuple(segments), num_tokens)
-        state = self._lanes[lane]
-        if key == state.key and state.plan is not None:
-            return state.plan
-        check_segments(segments, num_tokens, self._limits, self._published_rank)
-        launches, entries, records = build(segments, self._published_rank, self._variants, self._partial_rows)
+        launches, entries, records = build_padded(
+            key.segments, key.num_tokens, self._published_rank, self._tiles["decode"]
+        )
+        padded = TouchedSites(everywhere.term | sites.term, everywhere.out_scaled, everywhere.in_scaled)
+        return self._write(key, launches, entries, records, padded, (key.lane, key.num_tokens, sites.scaled))
+
+    def _write(
+        self, key: PlanKey, launches: Sequence[Launch], entries: Any, records: Any, sites: TouchedSites,
+        graph_key: Hashable | None,
+    ) -> TritonLoraPlan:  # fmt: skip
+        state = self._lanes[key.lane]
         state.entries.write(entries)
         state.records.write(records)
-        slots = {slot for segment in segments for slot, _ in segment.adapters}
-        sites = frozenset().union(*(self._adapter(slot).sites for slot in slots))
-        state.key, state.plan = key, TritonLoraPlan(num_tokens, launches, sites)
+        rows = state.records.tensor
+        state.views = [(rows[launch.shrink[0] :], rows[launch.expand[0] :]) for launch in launches]
+        state.key = key
+        state.plan = TritonLoraPlan(key.num_tokens, Sets.of(key.segments), launches, sites, graph_key)
         return state.plan
 
-    def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan) -> None:
-        """out[t] += the LoRA term, in place; x [tokens, in] and out [tokens, sum of outs] with unit stride.
+    def capture_plans(
+        self, num_tokens: int, lane: Lane = "tokens", *, scaled: bool = False
+    ) -> Iterator[TritonLoraPlan]:
+        """One plan without records, whose programs exit at once, and one more with `scaled`.
 
-        Raises ValueError for a plan that is not the latest.
+        None for a lane without sites, and for more than `PARTIAL_TOKENS` tokens: such a step is no longer bound by
+        launches, and its plan is exact. Raises ValueError for more tokens than a step may have.
         """
-        state = next((lane for lane in self._lanes.values() if lane.plan is plan), None)
-        if state is None or state.plan is None:
-            raise ValueError("the plan is outdated: its metadata was overwritten by a later one")
-        if not state.plan.touches(site):
+        if num_tokens > self._limits.max_tokens:
+            raise ValueError(f"{num_tokens} tokens exceed max_tokens {self._limits.max_tokens}")
+        if num_tokens > self._partial_rows:
             return
-        for launch in state.plan.launches:
-            self._shrink(site, x, launch, state)
-        for launch in state.plan.launches:
-            self._expand(site, out, launch, state)
+        for vectors in (False, True) if scaled else (False,):
+            sites = self._everywhere[lane, vectors]
+            plan = self._padded(PlanKey((), num_tokens, lane, True), sites) if sites.term else None
+            if plan is not None:
+                yield plan
+
+    def _state(self, plan: LoraPlan) -> _LaneState:
+        state = next((lane for lane in self._lanes.values() if lane.plan is plan), None)
+        if state is None:
+            raise ValueError("the plan is outdated: its metadata was overwritten by a later one")
+        return state
+
+    def _own(self, plan: LoraPlan) -> TritonLoraPlan:
+        own = self._state(plan).plan
+        assert own is not None
+        return own
 
     def _h(self, site: Site, launch: Launch) -> tuple[Tensor, int, int, int]:
         """(scratch, split stride, row stride, slice stride) of h."""
@@ -298,64 +358,121 @@ class TritonLoraBackend:
         row = len(site.slices) * width
         return (self._parts, self._partial_rows * row, row, width) if launch.partials else (self._whole, 0, row, width)
 
-    def _shrink(self, site: Site, x: Tensor, launch: Launch, lane: _LaneState) -> None:
-        layout, config = self._layouts[site.index], launch.variant.shrink
-        h, split_stride, row_stride, slice_stride = self._h(site, launch)
-        first, end = launch.shrink
-        shrink_kernel[(end - first, layout.splits if launch.partials else 1, len(site.slices))](
-            x,
-            self.arena.memory,
-            self.arena.offsets,
-            self.arena.ranks,
-            lane.records.tensor[first:],
-            lane.entries.tensor,
-            h,
-            site.in_features,
-            x.stride(0),
-            layout.first_module,
-            self._num_modules,
-            split_stride,
-            row_stride,
-            slice_stride,
-            SPLIT_K=layout.split_columns,
-            NUM_SPLITS=layout.splits,
-            PARTIALS=launch.partials,
-            EVEN_K=layout.even_columns,
-            ALIGN=ALIGNMENT_BYTES // self.dtype.itemsize,
-            BLOCK_M=config.block_m,
-            BLOCK_R=config.block_r,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    def _shrink(self, site: Site, x: Tensor, plan: TritonLoraPlan) -> tuple[Tensor, ...]:
+        if self._side is None:
+            self._launch_shrink(site, x, plan)
+        else:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._side):
+                self._launch_shrink(site, x, plan)
+        return ()
 
-    def _expand(self, site: Site, out: Tensor, launch: Launch, lane: _LaneState) -> None:
-        layout, config = self._layouts[site.index], launch.variant.expand
-        h, split_stride, row_stride, slice_stride = self._h(site, launch)
-        tiles = layout.tiles[launch.variant.name]
-        first, end = launch.expand
-        expand_kernel[(end - first, len(tiles))](
-            out,
-            self.arena.memory,
-            self.arena.offsets,
-            self.arena.ranks,
-            self.arena.scales,
-            lane.records.tensor[first:],
-            lane.entries.tensor,
-            tiles,
-            h,
-            out.stride(0),
-            layout.first_module,
-            self._num_modules,
-            split_stride,
-            row_stride,
-            slice_stride,
-            NUM_PARTIALS=layout.splits if launch.partials else 1,
-            ALIGN=ALIGNMENT_BYTES // self.dtype.itemsize,
-            OUT_ALIGN=layout.out_align,
-            BLOCK_M=config.block_m,
-            BLOCK_R=config.block_r,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    def _launch_shrink(self, site: Site, x: Tensor, plan: TritonLoraPlan) -> None:
+        layout, state = self._layouts[site.index], self._state(plan)
+        for launch, (records, _) in zip(plan.launches, state.views, strict=True):
+            h, split_stride, row_stride, slice_stride = self._h(site, launch)
+            programs = launch.shrink[1]
+            splits = layout.splits if launch.partials else 1
+            if launch.padded:
+                programs = padded_programs(programs, splits * len(site.slices))
+            shrink_kernel[(programs, splits, len(site.slices))](
+                x,
+                self.arena.memory,
+                self.arena.offsets,
+                self.arena.ranks,
+                records,
+                state.entries.tensor,
+                h,
+                site.in_features,
+                x.stride(0),
+                layout.first_module,
+                self._num_modules,
+                split_stride,
+                row_stride,
+                slice_stride,
+                PARTIALS=launch.partials,
+                STRIDED=launch.padded,
+                **layout.shrink[launch.variant],
+            )
+
+    def _expand(
+        self, site: Site, out: Tensor, plan: TritonLoraPlan, h: tuple[Tensor, ...], gates: Tensor | None
+    ) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        layout, state = self._layouts[site.index], self._state(plan)
+        for launch, (_, records) in zip(plan.launches, state.views, strict=True):
+            partial, split_stride, row_stride, slice_stride = self._h(site, launch)
+            tiles = layout.tiles[launch.variant]
+            programs = launch.expand[1]
+            if launch.padded:
+                programs = padded_programs(programs, len(tiles))
+            expand_kernel[(programs, len(tiles))](
+                out,
+                self.arena.memory,
+                self.arena.offsets,
+                self.arena.ranks,
+                self.arena.scales,
+                records,
+                state.entries.tensor,
+                tiles,
+                partial,
+                self.arena.scales if gates is None else gates,
+                out.stride(0),
+                0 if gates is None else gates.stride(0),
+                layout.first_module,
+                self._num_modules,
+                split_stride,
+                row_stride,
+                slice_stride,
+                NUM_PARTIALS=layout.splits if launch.partials else 1,
+                STRIDED=launch.padded,
+                SCALED=plan.scales_output(site),
+                GATES=gates is not None,
+                maxnreg=SCALED_REGISTERS if gates is not None or plan.scales_output(site) else None,
+                **layout.expand[launch.variant],
+            )
+
+    def _scale_input(self, site: Site, x: Tensor, plan: TritonLoraPlan, gates: Tensor | None) -> Tensor:
+        scaled, layout, state = x.clone(), self._layouts[site.index], self._state(plan)
+        for launch, (_, records) in zip(plan.launches, state.views, strict=True):
+            programs, block_m = launch.expand[1], self._tiles[launch.variant].block_m
+            blocks = -(-site.in_features // (SCALE_ELEMENTS // block_m))
+            if launch.padded:
+                programs = padded_programs(programs, blocks)
+            scale_kernel[(programs, blocks)](
+                scaled,
+                self.arena.memory,
+                self.arena.offsets,
+                records,
+                state.entries.tensor,
+                self.arena.scales if gates is None else gates,
+                site.in_features,
+                scaled.stride(0),
+                0 if gates is None else gates.stride(0),
+                layout.first_module,
+                self._num_modules,
+                ALIGN=ALIGNMENT_BYTES // self.dtype.itemsize,
+                GATES=gates is not None,
+                BLOCK_M=block_m,
+                BLOCK_N=SCALE_ELEMENTS // block_m,
+            )
+        return scaled
+
+
+def _all_sites(sites: Sequence[Site], lane: Lane, *, scaled: bool) -> TouchedSites:
+    """All sites of a lane and, with `scaled`, all that scale vectors can be of."""
+    own = [site for site in sites if site.lane == lane]
+    term = site_bits(site.index for site in own)
+    if not scaled:
+        return TouchedSites(term)
+    return TouchedSites(term, term, site_bits(site.index for site in own if len(site.slices) == 1))
+
+
+def _check_overlap(overlap: Overlap, device: torch.device) -> None:
+    if overlap == "none":
+        return
+    if device.type != "cuda":
+        raise ValueError(f"overlap {overlap} needs a CUDA card, not {device}; use none")
+    if overlap == "launch" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise ValueError("overlap launch needs a card of compute capability 9.0 or later; use stream or none")

@@ -26,6 +26,7 @@ class BlockManager:
         self._free: deque[int] = deque(range(num_blocks))
         self._count = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._tokens = struct.Struct(f"<{block_size}q")
         self._by_hash: dict[bytes, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._fresh: list[int] = []
@@ -72,11 +73,12 @@ class BlockManager:
             seq.blocks.append(self._take())
         return True
 
-    def register(self, seq: Sequence) -> None:
-        """Makes the sequence's newly full blocks findable; called after their keys and values are written."""
+    def register(self, seq: Sequence, tokens: int) -> None:
+        """Makes the blocks findable that the sequence's first `tokens` tokens have filled; called when those are known
+        and their keys and values are written (or will be, before whatever reads them)."""
         if not self.prefix_caching:
             return
-        while seq.num_registered < seq.num_computed // self.block_size:
+        while seq.num_registered < min(tokens, seq.num_computed) // self.block_size:
             digest = self._block_hash(seq, seq.num_registered)
             block = seq.blocks[seq.num_registered]
             seq.num_registered += 1
@@ -93,7 +95,7 @@ class BlockManager:
                     self._free.append(block)
                 else:
                     self._evictable[block] = None
-        seq.blocks.clear()
+        del seq.blocks[:]
         seq.num_registered = 0
         seq.num_computed = 0
 
@@ -146,11 +148,9 @@ class BlockManager:
         while len(seq.block_hashes) <= index:
             i = len(seq.block_hashes)
             start, end = i * self.block_size, (i + 1) * self.block_size
-            h = hashlib.blake2b(digest_size=24)
-            h.update(seq.block_hashes[-1] if i else b"salt:" + seq.request.salt.encode())
-            h.update(struct.pack(f"<{self.block_size}q", *seq.tokens[start:end]))
+            parts = [seq.block_hashes[-1] if i else hashlib.blake2b(seq.request.salt.encode(), digest_size=24).digest()]
+            parts.append(self._tokens.pack(*seq.tokens[start:end]))
             for low, _, span in seq.spans_between(start, end):
-                h.update(struct.pack("<qq", low - start, len(span.key)))
-                h.update(span.key)
-            seq.block_hashes.append(h.digest())
+                parts += (struct.pack("<qq", low - start, len(span.key)), span.key)
+            seq.block_hashes.append(hashlib.blake2b(b"".join(parts), digest_size=24).digest())
         return seq.block_hashes[index]

@@ -11,8 +11,13 @@ class EngineConfig:
 
     `model_path` is a local directory in Hugging Face layout. `dtype` is auto, float32, bfloat16 or float16; `device`
     is auto, cpu, cuda or cuda:N. `threads` bounds torch's intra-op threads. `blob_dir` holds canonical adapters.
-    `packed_projections`, `enable_prefix_caching` and `decode_workspace` are optimisations with plain twins; the output
-    does not depend on them. `lora_implementation` is torch, triton or None (by device).
+    `packed_projections`, `enable_prefix_caching`, `decode_workspace`, `cuda_graphs` and `overlap` (of a step's host
+    work with the device's work on the step before) are optimisations with plain twins; the output does not depend on
+    them. `compile_layers` fuses the model's small operations by torch.compile, which rounds otherwise here and there.
+    None switches graphs and overlap on where there is a card. `lora_implementation` and `attention_implementation` are
+    torch, triton or None (by device). `lora_overlap` hides the adapters' first product on a card: on a side stream
+    beside the base's product, or by launching the second one early (compute capability 9.0 on).
+    `gpu_memory_utilization` is the share of a card's memory that the engine may fill.
     """
 
     model_path: str
@@ -35,6 +40,13 @@ class EngineConfig:
     max_queue: int = 1024
     threads: int | None = None
     lora_implementation: Literal["torch", "triton"] | None = None
+    lora_overlap: Literal["none", "stream", "launch"] = "none"
+    attention_implementation: Literal["torch", "triton"] | None = None
+    cuda_graphs: bool | None = None
+    overlap: bool | None = None
+    gpu_memory_utilization: float = 0.9
+    deterministic: bool = False
+    compile_layers: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field for values that no engine could run with."""
@@ -56,8 +68,13 @@ class EngineConfig:
                 f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_num_seqs ({self.max_num_seqs}): "
                 "every running sequence needs one token per step"
             )
-        if self.lora_implementation not in (None, "torch", "triton"):
-            raise ValueError(f"lora_implementation must be torch or triton, got {self.lora_implementation!r}")
+        for name in ("lora_implementation", "attention_implementation"):
+            if getattr(self, name) not in (None, "torch", "triton"):
+                raise ValueError(f"{name} must be torch or triton, got {getattr(self, name)!r}")
+        if self.lora_overlap not in ("none", "stream", "launch"):
+            raise ValueError(f"lora_overlap must be none, stream or launch, got {self.lora_overlap!r}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for the process boundary."""

@@ -6,33 +6,33 @@ Runs wherever torch does; the tests and the benchmarks drive it directly.
 import logging
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from loramux.adapters_store.device import AdapterLoadFailure, DeviceTier
 from loramux.adapters_store.host import HostTier
-from loramux.kernels.lora import make_backend
+from loramux.server.engine.assembly import assemble
 from loramux.server.engine.blocks import BlockManager
 from loramux.server.engine.config import EngineConfig
-from loramux.server.engine.loading import LoadedModel, UnsupportedModelError, context_limit, load_model
-from loramux.server.engine.output import INVALID_TOKEN, accept_token
+from loramux.server.engine.loading import LoadedModel
+from loramux.server.engine.output import accept_token, pooled_output
 from loramux.server.engine.protocol import (
     AdapterResidency,
     EngineInfo,
     EngineOutput,
     EngineRequest,
     EngineStats,
+    PoolingParams,
     StepEvent,
 )
-from loramux.server.engine.runner import Runner
+from loramux.server.engine.runner import Launched
+from loramux.server.engine.sampler import INVALID_TOKEN
 from loramux.server.engine.scheduler import Chunk, Scheduler
-from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.sequence import PENDING, Sequence
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_KV_BYTES_CPU = 2 << 30
-KV_SHARE_OF_FREE_DEVICE = 0.85
 MAX_FAILED_STEPS = 3
 
 
@@ -55,25 +55,9 @@ class EngineCore:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config
-        self.model = model or load_model(
-            config.model_path, dtype=config.dtype, device=config.device, pack=config.packed_projections
-        )
-        self.max_model_len = context_limit(self.model.config, config.max_model_len)
-        self.num_blocks = self._plan_cache()
-        use_workspace = config.decode_workspace and self.model.device.type == "cpu"
-        workspace_tokens = self.num_blocks * config.block_size // 2 if use_workspace else 0
-        self.model.allocate(self.num_blocks, config.block_size, workspace_tokens)
-        self.backend = make_backend(
-            [p.site for p in self.model.projections if p.site is not None],
-            dtype=self.model.dtype,
-            device=self.model.device,
-            budget_bytes=config.device_adapter_bytes,
-            max_slots=config.max_device_adapters,
-            max_set_size=config.max_adapters_per_set,
-            max_set_rank=config.max_set_rank,
-            max_tokens=config.max_batched_tokens,
-            implementation=config.lora_implementation,
-        )
+        parts = assemble(config, model)
+        self.model, self.backend, self.runner = parts.model, parts.backend, parts.runner
+        self.max_model_len, self.num_blocks = parts.max_model_len, parts.num_blocks
         self.host = HostTier(
             config.blob_path,
             budget_bytes=config.host_adapter_bytes,
@@ -91,7 +75,8 @@ class EngineCore:
             order=self.backend.order,
             load_errors=(AdapterLoadFailure,),
         )
-        self.runner = Runner(self.model, self.backend, block_size=config.block_size)
+        self._overlap = self.model.device.type == "cuda" if config.overlap is None else config.overlap
+        self._in_flight: Launched | None = None
         self._sequences: dict[str, Sequence] = {}
         self._vocab_size = int(self.model.module.get_input_embeddings().weight.shape[0])
         self._failed_steps = 0
@@ -112,6 +97,8 @@ class EngineCore:
             device_adapter_bytes=self.config.device_adapter_bytes,
             host_adapter_bytes=self.config.host_adapter_bytes,
             max_adapters_per_set=self.config.max_adapters_per_set,
+            hidden_size=int(self.model.module.get_input_embeddings().weight.shape[1]),
+            num_layers=len(self.model.layers),
         )
 
     def add(self, request: EngineRequest) -> None:
@@ -120,11 +107,11 @@ class EngineCore:
         if not prompt:
             raise ValueError("the prompt is empty")
         _check_numbers(request, self._vocab_size)
-        if prompt + request.sampling.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"{prompt} prompt tokens and {request.sampling.max_tokens} new ones exceed the context of "
-                f"{self.max_model_len}"
-            )
+        new = request.sampling.max_tokens if request.pooling is None else 0
+        if prompt + new > self.max_model_len:
+            raise ValueError(f"{prompt} prompt tokens and {new} new ones exceed the context of {self.max_model_len}")
+        if request.pooling is not None:
+            request = self._resolved(request, request.pooling)
         if len(request.adapters) > self.config.max_adapters_per_set:
             raise ValueError(f"an adapter set has at most {self.config.max_adapters_per_set} members")
         if request.request_id in self._sequences:
@@ -133,27 +120,45 @@ class EngineCore:
         self._sequences[request.request_id] = seq
         self.scheduler.add(seq)
 
+    def _resolved(self, request: EngineRequest, pooling: PoolingParams) -> EngineRequest:
+        """The pooling request with its layers counted from 0. Raises ValueError for layers that are not there."""
+        count = len(self.model.layers)
+        layers = tuple(count + 1 + layer if layer < 0 else layer for layer in pooling.layers)
+        wrong = next((layer for layer in layers if not 0 <= layer <= count), None)
+        if not layers or wrong is not None:
+            raise ValueError(f"layers must be one or more numbers from 0 to {count}, or -1; got {pooling.layers}")
+        if pooling.tokens < 0:
+            raise ValueError(f"tokens must be 0 for the mean, or a number of tokens; got {pooling.tokens}")
+        return replace(request, pooling=replace(pooling, layers=layers))
+
     def abort(self, request_id: str) -> None:
         """Ends a request at once and frees what it holds; unknown ids (already finished) are ignored."""
         seq = self._sequences.pop(request_id, None)
         if seq is not None:
+            seq.has_ended = True
             self.scheduler.finish(seq)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do: sequences, or adapters on the move."""
-        return bool(self._sequences) or not self.tier.idle()
+        return bool(self._sequences) or self._in_flight is not None or not self.tier.idle()
 
     def is_waiting_only(self) -> bool:
         """Whether nothing can be computed now: no sequence runs and those that wait, wait for adapters."""
-        return not self.scheduler.running and len(self.scheduler.waiting) == self.scheduler.waiting_for_adapter
+        if self._in_flight is not None or self.scheduler.running:
+            return False
+        return len(self.scheduler.waiting) == self.scheduler.waiting_for_adapter
 
     def step(self) -> StepResult:
-        """Moves adapters, computes one batch, and returns what each request got."""
+        """Moves adapters, starts one batch, and returns what each request got.
+
+        With `overlap` that is the batch before: the device computes this one while the host goes through the results
+        of the last and prepares the next. A sequence that turns out to have ended has then one token too many under
+        way, which nobody sees.
+        """
         loads = self.tier.poll()
         chunks, failures = self.scheduler.schedule()
         outputs = [self._fail(f.seq, f.message) for f in failures]
-        if chunks:
-            outputs += self._guarded(chunks)
+        outputs += self._guarded(chunks)
         tokens = sum(c.end - c.start for c in chunks)
         self._scheduled_tokens += tokens
         done = tuple((e.digest, e.seconds) for e in loads if e.error is None)
@@ -207,8 +212,11 @@ class EngineCore:
         On a card the device's state is unknown after an exception, and a step that fails again and again is no
         request's fault: then the exception ends the process, and its supervisor starts a new one.
         """
+        outputs: list[EngineOutput] = []
+        launched: Launched | None = None
         try:
-            outputs = self._compute(chunks)
+            if chunks:
+                launched = self._launch(chunks)
         except Exception as error:
             self._failed_steps += 1
             if self.model.device.type != "cpu" or self._failed_steps >= MAX_FAILED_STEPS:
@@ -217,56 +225,60 @@ class EngineCore:
             for chunk in chunks:
                 self.abort(chunk.seq.request_id)
             message = f"the engine could not compute this request's step: {type(error).__name__}"
-            return [
+            outputs = [
                 EngineOutput(c.seq.request_id, finish_reason="error", error=message, error_kind="model") for c in chunks
             ]
-        self._failed_steps = 0
+        else:
+            self._failed_steps = 0
+        finished = launched
+        if self._overlap:
+            finished, self._in_flight = self._in_flight, launched
+        if finished is not None:
+            outputs += self._complete(finished)
         return outputs
 
-    def _compute(self, chunks: Seq[Chunk]) -> list[EngineOutput]:
+    def _launch(self, chunks: Seq[Chunk]) -> Launched:
+        """Hands a batch to the device; from now on its tokens count as computed and its next ones are pending."""
         self._steps += 1
         fresh = self.blocks.take_fresh()
         if fresh:
-            self.model.clear_blocks(fresh)
-        tokens = self.runner.run(chunks)
-        outputs = []
+            self.runner.attention.clear(fresh)
+        launched = self.runner.launch(chunks, self._in_flight)
         for chunk in chunks:
-            seq = chunk.seq
-            seq.num_computed = chunk.end
-            if tokens.get(seq.request_id) != INVALID_TOKEN:
-                self.blocks.register(seq)
-            if seq.request_id not in tokens:
+            chunk.seq.num_computed = chunk.end
+        for chunk in launched.sampling:
+            chunk.seq.tokens.append(PENDING)
+        return launched
+
+    def _complete(self, launched: Launched) -> list[EngineOutput]:
+        """The outputs of a batch, once the device has its tokens."""
+        tokens = launched.result()
+        outputs = []
+        block_size, eos_token_ids = self.config.block_size, self.model.eos_token_ids
+        for (seq, _, end), token in zip(launched.sampling, tokens, strict=True):
+            if seq.has_ended:  # while this was under way
                 continue
-            output = accept_token(seq, tokens[seq.request_id], self.model.eos_token_ids)
+            if end // block_size > seq.num_registered and token != INVALID_TOKEN:
+                self.blocks.register(seq, end)
+            output = accept_token(seq, end, token, eos_token_ids)
             outputs.append(output)
             if output.finish_reason is not None:
+                self.abort(seq.request_id)
+        if len(tokens) == len(launched.chunks):
+            return outputs
+        for seq, _, end in launched.chunks:
+            if seq.has_ended:
+                continue
+            if end // block_size > seq.num_registered:
+                self.blocks.register(seq, end)
+            if seq in launched.pooled:
+                outputs.append(pooled_output(seq, launched.pooled[seq].tensor()))
                 self.abort(seq.request_id)
         return outputs
 
     def _fail(self, seq: Sequence, message: str) -> EngineOutput:
         self._sequences.pop(seq.request_id, None)
         return EngineOutput(seq.request_id, finish_reason="error", error=message, error_kind="adapter")
-
-    def _plan_cache(self) -> int:
-        """The number of KV blocks that the budget holds. Raises UnsupportedModelError when one sequence cannot fit."""
-        config, per_block = self.config, self.model.kv_bytes_per_token * self.config.block_size
-        budget = config.kv_cache_bytes
-        if budget is None:
-            if self.model.device.type == "cuda":
-                free, _ = torch.cuda.mem_get_info(self.model.device)
-                budget = int(free * KV_SHARE_OF_FREE_DEVICE) - config.device_adapter_bytes
-            else:
-                budget = DEFAULT_KV_BYTES_CPU
-            budget = min(budget, per_block * -(-self.max_model_len // config.block_size) * config.max_num_seqs)
-        blocks = max(budget, 0) // per_block
-        needed = -(-self.max_model_len // config.block_size)
-        if blocks < needed:
-            shorter = f"lower --max-model-len to {blocks * config.block_size} or " if blocks else ""
-            raise UnsupportedModelError(
-                f"one sequence of {self.max_model_len} tokens needs {needed * per_block} bytes of KV cache, the budget "
-                f"is {max(budget, 0)}: {shorter}raise --kv-cache-bytes"
-            )
-        return blocks
 
 
 def _check_numbers(request: EngineRequest, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ by architecture: modules with the same parent that are called one after the othe
 product (q, k and v; gate and up), computed at the first call and handed out in slices.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from loramux.kernels.lora.interface import LoraBackend, Site, SiteSlice
+from loramux.kernels.lora.interface import Lane, LoraBackend, Site, SiteSlice
 from loramux.server.engine.attention import StepState
 
 
@@ -59,7 +60,8 @@ class SiteProjection(nn.Module):
     """out = x W^T + b, plus the step's adapters, for one site of one or more slices.
 
     `weight` is [sum of outs, in]. x has any leading dimensions. The result is cut into slices by `SliceOf`. A head sees
-    only the rows whose logits are wanted, so its adapters are those of the rows, not of the tokens.
+    only the rows whose logits are wanted, so its adapters are those of the rows, not of the tokens. `product` computes
+    x W^T + b.
     """
 
     def __init__(self, weights: Seq[Tensor], biases: Seq[Tensor | None], state: StepState, *, is_head: bool) -> None:
@@ -73,15 +75,22 @@ class SiteProjection(nn.Module):
             self.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
         self._state = state
         self.is_head = is_head
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
         self.site: Site | None = None
         self.backend: LoraBackend | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., sum of outs]."""
-        out = F.linear(x, self.weight, self.bias)
+        watched = self._state.watched
+        if watched is not None and self.site is not None and self.site.index in watched:
+            watched[self.site.index] = x
         plan = self._state.lora_rows if self.is_head else self._state.lora
-        if plan is not None and self.backend is not None and self.site is not None:
-            self.backend.add(self.site, x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1]), plan)
+        if plan is None or self.backend is None or self.site is None:
+            return self.product(x, self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        self.backend.begin(self.site, rows, plan)  # the part that may run beside the base product
+        out = self.product(x, self.weight, self.bias)
+        self.backend.finish(self.site, out.view(-1, out.shape[-1]), plan)
         return out
 
 
@@ -153,7 +162,8 @@ def replace_linears(model: nn.Module, probe: Probe, state: StepState, *, tokens:
         is_head = group[0].rows == head_rows
         projection = SiteProjection(weights, [_bias(m) for m in modules], state, is_head=is_head)
         slices = tuple(SiteSlice(c.name, n) for c, n in zip(group, projection.outs, strict=True))
-        projection.site = Site(index, int(projection.weight.shape[1]), slices)
+        lane: Lane = "rows" if is_head else "tokens"
+        projection.site = Site(index, int(projection.weight.shape[1]), slices, lane)
         shared = PackedOutput(projection)
         for i, call in enumerate(group):
             replacement = projection if len(group) == 1 else SliceOf(shared, i)

@@ -1,6 +1,9 @@
 """From a model's name or path to a module that runs on our attention and our projections."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from loramux.server.engine.attention import (
     ATTENTION_NAME,
     LAYER_ATTRIBUTE,
     LayerCache,
+    LayerShape,
     StepState,
     register_attention,
 )
@@ -116,33 +120,22 @@ def context_limit(config: Any, wanted: int | None) -> int:
 
 
 @dataclass(slots=True)
-class AttentionShape:
-    """The shapes one layer's attention was seen with."""
-
-    module: nn.Module
-    kv_heads: int
-    k_dim: int
-    v_dim: int
-    window: int | None
-
-
-@dataclass(slots=True)
 class _ShapeRecorder:
     """Stands in for a layer's cache during the probe: plain causal attention, shapes noted."""
 
     module: nn.Module
-    seen: list[AttentionShape]
+    seen: list[LayerShape]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
                softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
         """The shapes of a layer's output for its inputs; the values are not used."""
-        self.seen.append(AttentionShape(self.module, key.shape[0], key.shape[2], value.shape[2], window))
+        self.seen.append(LayerShape(self.module, query.shape[0], key.shape[0], key.shape[2], value.shape[2], window))
         return value.new_zeros(query.shape[1], query.shape[0], value.shape[2])
 
 
 @dataclass(slots=True)
 class LoadedModel:
-    """A model ready to run: its projections are sites, its attention reads `caches` once they are made."""
+    """A model ready to run once its layers have caches: its projections are sites, its attention is ours."""
 
     module: Any
     config: Any
@@ -150,33 +143,24 @@ class LoadedModel:
     device: torch.device
     state: StepState
     projections: list[SiteProjection]
-    attention: list[AttentionShape]
+    attention: list[LayerShape]
     eos_token_ids: tuple[int, ...]
-    caches: list[LayerCache] = field(default_factory=list)
-    workspace_tokens: int = 0
+    layers: dict[str, nn.Module]
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers."""
         return sum(a.kv_heads * (a.k_dim + a.v_dim) for a in self.attention) * self.dtype.itemsize
 
-    def allocate(self, num_blocks: int, block_size: int, workspace_tokens: int = 0) -> None:
-        """Makes the paged KV cache and hangs each layer's part on its attention module."""
-        self.workspace_tokens = workspace_tokens
-        self.caches = [
-            LayerCache(self.state, num_blocks, block_size, a.kv_heads, a.k_dim, a.v_dim, self.dtype, self.device,
-                       workspace_tokens)
-            for a in self.attention
-        ]  # fmt: skip
-        for shape, cache in zip(self.attention, self.caches, strict=True):
-            setattr(shape.module, LAYER_ATTRIBUTE, cache)
+    def attach(self, layers: Seq[LayerCache]) -> None:
+        """Hangs each layer's cache on its attention module, in the order of the layers."""
+        for shape, layer in zip(self.attention, layers, strict=True):
+            setattr(shape.module, LAYER_ATTRIBUTE, layer)
 
-    @torch.inference_mode()
-    def clear_blocks(self, blocks: list[int]) -> None:
-        """Zeroes blocks of all layers."""
-        index = torch.tensor(blocks, device=self.device)
-        for cache in self.caches:
-            cache.clear(index)
+    def detach(self) -> None:
+        """Takes the caches off again, so that their memory can be freed."""
+        for shape in self.attention:
+            delattr(shape.module, LAYER_ATTRIBUTE)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         """Logits [len(rows), vocab] of the packed tokens `rows`; input_ids and position_ids are int64 [tokens]."""
@@ -186,6 +170,38 @@ class LoadedModel:
         )  # fmt: skip
         logits: Tensor = out.logits[0]
         return logits
+
+    def first_site(self, layer: int) -> int:
+        """The index of the first site of a layer, which reads its normalised input."""
+        inside = list(self.layers)[layer] + "."
+        sites = [p.site for p in self.projections if p.site is not None]
+        return min(site.index for site in sites if site.slices[0].module.startswith(inside))
+
+    @contextmanager
+    def watching(self, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+        """Within it, `forward` leaves the hidden states [tokens, hidden] of these layers in the dictionary.
+
+        Layer k < num_layers is the normalised input of its first projection, layer num_layers the final hidden states.
+        """
+        sites = {self.first_site(layer): layer for layer in layers if layer < len(self.layers)}
+        found: dict[int, Tensor] = {}
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            found[len(self.layers)] = output[0][0]
+
+        handle = None
+        if len(self.layers) in layers:
+            handle = self.module.base_model.register_forward_hook(keep)
+        self.state.watched = dict.fromkeys(sites)
+        try:
+            yield found
+            for site, x in self.state.watched.items():
+                if x is not None:
+                    found[sites[site]] = x.reshape(-1, x.shape[-1])
+        finally:
+            self.state.watched = None
+            if handle is not None:
+                handle.remove()
 
 
 def pick_device(device: str) -> torch.device:
@@ -245,14 +261,20 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "auto", p
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"cannot load the model: {error}") from error
-    module = module.to(where).eval().requires_grad_(False)
+    try:
+        module = module.to(where).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        raise UnsupportedModelError(
+            f"the weights take {size} bytes in {kind}, which {where} does not have: use a smaller model or dtype"
+        ) from error
     return prepare_model(module, config, eos_ids(path, config), pack=pack)
 
 
 def prepare_model(module: Any, config: Any, eos_token_ids: tuple[int, ...], *, pack: bool = True) -> LoadedModel:
     """Turns a transformers model whose attention implementation is ours into a `LoadedModel`."""
     state = StepState()
-    seen: list[AttentionShape] = []
+    seen: list[LayerShape] = []
     for candidate in module.modules():
         if getattr(candidate, "layer_idx", None) is not None and hasattr(candidate, "is_causal"):
             setattr(candidate, LAYER_ATTRIBUTE, _ShapeRecorder(candidate, seen))
@@ -284,4 +306,19 @@ def prepare_model(module: Any, config: Any, eos_token_ids: tuple[int, ...], *, p
             )
     with torch.inference_mode(False):
         projections = replace_linears(module, probe, state, tokens=PROBE_TOKENS, head_rows=PROBE_ROWS, pack=pack)
-    return LoadedModel(module, config, weight.dtype, weight.device, state, projections, seen, eos_token_ids)
+    decoder, shapes = repeated_layers(module, seen), list(seen)  # the recorders' own list grows with another probe
+    return LoadedModel(module, config, weight.dtype, weight.device, state, projections, shapes, eos_token_ids, decoder)
+
+
+def repeated_layers(module: nn.Module, attention: Seq[LayerShape]) -> dict[str, nn.Module]:
+    """The decoder's layers by path, in order: the members of the module list that hold one attention each.
+
+    Empty where the model has no such list.
+    """
+    attentions = {id(shape.module) for shape in attention}
+    for path, inner in module.named_modules():
+        if isinstance(inner, nn.ModuleList):
+            layers = [layer for layer in inner if sum(id(part) in attentions for part in layer.modules()) == 1]
+            if len(layers) == len(attentions):
+                return {f"{path}.{i}": layer for i, layer in enumerate(layers)}
+    return {}

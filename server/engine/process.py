@@ -26,7 +26,6 @@ from loramux.server.engine.transport import (
     decode_request,
     encode_event,
     encode_info,
-    encode_output,
     encode_stats,
 )
 
@@ -60,8 +59,7 @@ class EngineLoop:
                 continue
             result = self._core.step()
             if result.outputs or result.event.adapter_loads or result.event.scheduled_tokens:
-                outputs = [encode_output(o) for o in result.outputs]
-                self._end.send(Report.STEP, outputs, encode_event(result.event))
+                self._end.send(Report.STEP, result.outputs, encode_event(result.event))
             if time.monotonic() - self._last_stats >= STATS_SECONDS:
                 self._send_stats()
             timeout = LOAD_POLL_SECONDS if self._core.is_waiting_only() else 0.0
@@ -80,7 +78,7 @@ class EngineLoop:
                 refused = EngineOutput(
                     request.request_id, finish_reason="error", error=str(error), error_kind="request"
                 )
-                self._end.send(Report.STEP, [encode_output(refused)], (0, ()))
+                self._end.send(Report.STEP, [refused], (0, ()))
         elif kind == Command.ABORT:
             for request_id in content[0]:
                 self._core.abort(request_id)

@@ -6,7 +6,9 @@ business. Everything here is made of numbers, strings, lists and dicts, so that 
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
+
+GREEDY_BELOW = 1e-5
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["adapter", "model", "request"]
@@ -67,20 +69,38 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken: at a temperature below 1e-5 nothing else has a chance."""
+        return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """Asks for a prompt's hidden states instead of generated tokens.
+
+    `layers` number the decoder's layers from 0 and stand for the normalised input of the layer's first projection; the
+    number of layers itself, or -1, stands for the model's final hidden states. `tokens` 0 averages over the prompt's
+    tokens; otherwise the states of its last so many tokens are wanted as they are.
+    """
+
+    layers: tuple[int, ...] = (-1,)
+    tokens: int = 0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to generate. An empty `adapters` is the base model. `salt` separates prefix caches."""
+    """One sequence to generate, or to pool. An empty `adapters` is the base model. `salt` separates prefix caches."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     adapters: tuple[AdapterRef, ...] = ()
     salt: str = ""
+    pooling: PoolingParams | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOutput:
+class EngineOutput(NamedTuple):
     """What one step added to one request.
 
     `cached_tokens` is the number of prompt tokens taken from the prefix cache (final from the first output on).
@@ -88,6 +108,8 @@ class EngineOutput:
     could not be loaded, the model's numbers were not finite, or the request was refused. The end-of-sequence or stop
     token itself, when generated, is included in `token_ids` (it is billed) and named by `stop_token_id`.
     `scheduled_at` (`time.monotonic()`, one clock for all processes of a host) is when the request left the queue.
+    `embedding` answers a pooling request, as the bytes of float32 numbers: [layers, hidden] means, or
+    [layers, tokens, hidden] states.
     """
 
     request_id: str
@@ -98,6 +120,7 @@ class EngineOutput:
     error: str | None = None
     error_kind: ErrorKind | None = None
     scheduled_at: float | None = None
+    embedding: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +137,8 @@ class EngineInfo:
     device_adapter_bytes: int
     host_adapter_bytes: int
     max_adapters_per_set: int
+    hidden_size: int
+    num_layers: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,145 +2,196 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from loramux.kernels.lora.interface import LoraBackend, Segment
-from loramux.server.engine.attention import AttentionStep, DecodeGroup, DecodeRows, PrefillPiece
+from loramux.server.engine.attention import AttentionPath, Ints, StepPlaces
+from loramux.server.engine.graphs import DecodeGraphs
 from loramux.server.engine.loading import LoadedModel
-from loramux.server.engine.sampler import sample
+from loramux.server.engine.sampler import best, sample
 from loramux.server.engine.scheduler import Chunk
-from loramux.server.engine.sequence import Sequence, Span
-
-READ_STEP = 16
-Ints = npt.NDArray[np.int64]
+from loramux.server.engine.sequence import PENDING, Sequence, Span
+from loramux.server.engine.staging import Download, Staging
 
 
-class WorkspaceRows:
-    """Which decoding sequence has which row of the decode workspace, and how many of its tokens are in it.
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that was handed to the device, which may still be computing it.
 
-    A step sees the workspace as [rows, width] with rows * width <= max_tokens; a new width moves every row, so all
-    are filled again. Widths are multiples of `WIDTH_STEP`, which makes that rare.
+    `sampling` are the chunks that end at their sequence's last token: `tokens[i]` on the device is the next token of
+    `sampling[i]`, -1 where the logits are not finite. `pooled` holds the means of the pooling requests that the step
+    completes.
     """
 
-    WIDTH_STEP = 64
+    chunks: Seq[Chunk]
+    sampling: Seq[Chunk]
+    tokens: Tensor | None
+    download: Download | None
+    pooled: dict[Sequence, Download]
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.width = 0
-        self._rows: dict[Sequence, int] = {}
-        self._filled: dict[Sequence, int] = {}
-
-    def place(self, decodes: Seq[Chunk]) -> list[tuple[int, int]] | None:
-        """For each decode its row and the tokens already in it; None when the padding would cost too much.
-
-        Rows of sequences that are not decoding now are free; a new sequence takes the lowest free row.
-        """
-        present = {c.seq for c in decodes}
-        for gone in [seq for seq in self._rows if seq not in present]:
-            del self._rows[gone], self._filled[gone]
-        if not decodes:
-            return None
-        if any(row >= 2 * len(decodes) for row in self._rows.values()):
-            self._forget()
-        longest = -(-max(c.end for c in decodes) // self.WIDTH_STEP) * self.WIDTH_STEP
-        if not longest <= self.width <= 2 * longest:
-            self.width = longest
-            self._filled = dict.fromkeys(self._filled, 0)
-        height = max(len(decodes), max(self._rows.values(), default=-1) + 1)
-        if height * self.width > min(self.max_tokens, 4 * sum(c.end for c in decodes) + 2 * self.WIDTH_STEP * height):
-            self._forget()
-            return None
-        taken = set(self._rows.values())
-        free = (row for row in range(2 * len(decodes)) if row not in taken)
-        placed = []
-        for chunk in decodes:
-            if chunk.seq not in self._rows:
-                self._rows[chunk.seq] = next(free)
-                self._filled[chunk.seq] = 0
-            held = self._filled[chunk.seq] if self._filled[chunk.seq] == chunk.start else 0
-            placed.append((self._rows[chunk.seq], held))
-            self._filled[chunk.seq] = chunk.end
-        return placed
-
-    def _forget(self) -> None:
-        self._rows.clear()
-        self._filled.clear()
+    def result(self) -> list[int]:
+        """The next token of each chunk of `sampling`; waits for the device."""
+        return [] if self.download is None else self.download.values()
 
 
 class Runner:
-    """Builds a step's inputs on the host, runs the model, chooses tokens.
+    """Builds a step's inputs on the host, runs the model, chooses tokens. Remembers nothing of requests."""
 
-    Of requests it remembers only where their keys lie in the decode workspace.
-    """
-
-    def __init__(self, model: LoadedModel, backend: LoraBackend, *, block_size: int) -> None:
-        """The model's cache is allocated already, with or without a decode workspace."""
+    def __init__(
+        self,
+        model: LoadedModel,
+        backend: LoraBackend,
+        attention: AttentionPath,
+        *,
+        block_size: int,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        """`graphs` computes the steps that consist of decodes only; without it all steps run op by op."""
         self.model = model
         self.backend = backend
+        self.attention = attention
         self.block_size = block_size
-        self._workspace = WorkspaceRows(model.workspace_tokens) if model.workspace_tokens else None
+        self._graphs = graphs
+        self._staging = Staging(model.device)
         for projection in model.projections:
             projection.backend = backend
+        model.attach(attention.layers)
         self._heads = [p.site for p in model.projections if p.is_head and p.site is not None]
 
     @torch.inference_mode()
-    def run(self, chunks: Seq[Chunk]) -> dict[str, int]:
-        """Computes the chunks (decodes first) and returns the next token of each sequence whose last token was among
-        them; -1 where the logits are not finite."""
-        logits, sampling = self.forward(chunks)
+    def launch(self, chunks: Seq[Chunk], previous: Launched | None = None) -> Launched:
+        """Starts the step of these chunks (decodes first); on a card it does not wait for the device.
+
+        `previous` is the step before, needed when a chunk's last token is pending in it.
+        """
+        pooling = [seq.request.pooling for seq, _, _ in chunks if seq.pools]
+        if pooling:
+            with self.model.watching({layer for wanted in pooling if wanted for layer in wanted.layers}) as hidden:
+                logits, sampling = self.forward(chunks, previous)
+            pooled = self._pool(chunks, hidden)
+        else:
+            logits, sampling = self.forward(chunks, previous)
+            pooled = {}
         if not sampling:
-            return {}
+            return Launched(chunks, sampling, None, None, pooled)
+        if all(seq.is_plain for seq, _, _ in sampling):
+            tokens = best(logits)
+            return Launched(chunks, sampling, tokens, Download(tokens), pooled)
         tokens = sample(
             logits,
-            [c.seq.request.sampling for c in sampling],
-            [len(c.seq.tokens) for c in sampling],
-            [self._banned(c) for c in sampling],
+            [seq.request.sampling for seq, _, _ in sampling],
+            [end for _, _, end in sampling],
+            {
+                row: self._ends(seq)
+                for row, (seq, _, end) in enumerate(sampling)
+                if end - seq.prompt_len < seq.request.sampling.min_tokens
+            },
+            self._staging,
         )
-        return {c.seq.request_id: t for c, t in zip(sampling, tokens, strict=True)}
+        return Launched(chunks, sampling, tokens, Download(tokens), pooled)
+
+    def _pool(self, chunks: Seq[Chunk], hidden: Mapping[int, Tensor]) -> dict[Sequence, Download]:
+        """Adds the step's hidden states to its pooling requests; the answers of those that are complete."""
+        done: dict[Sequence, Download] = {}
+        first = 0
+        for seq, start, end in chunks:
+            last = first + end - start
+            wanted = seq.request.pooling
+            if wanted is not None:
+                states = torch.stack([hidden[layer][first:last].float() for layer in wanted.layers])
+                if wanted.tokens:
+                    kept = states if seq.pooled is None else torch.cat([seq.pooled, states], dim=1)
+                    seq.pooled = kept[:, -wanted.tokens :]
+                else:
+                    seq.pooled = states.sum(1) if seq.pooled is None else seq.pooled + states.sum(1)
+                if end == len(seq.tokens):
+                    done[seq] = Download(seq.pooled if wanted.tokens else seq.pooled / end)
+            first = last
+        return done
 
     @torch.inference_mode()
-    def forward(self, chunks: Seq[Chunk]) -> tuple[Tensor, list[Chunk]]:
+    def forward(self, chunks: Seq[Chunk], previous: Launched | None = None) -> tuple[Tensor, list[Chunk]]:
         """Logits [rows, vocab] and the chunks they belong to (those that end at their sequence's last token)."""
-        device = self.model.device
-        ids = [t for c in chunks for t in c.seq.tokens[c.start : c.end]]
-        positions = np.concatenate([np.arange(c.start, c.end) for c in chunks])
-        starts = np.cumsum([0] + [c.end - c.start for c in chunks])
-        sampling = [c for c in chunks if c.samples]
-        rows = [int(starts[i + 1]) - 1 for i, c in enumerate(chunks) if c.samples]
+        firsts = np.array([start for _, start, _ in chunks], dtype=np.int64)
+        ends = np.array([end for _, _, end in chunks], dtype=np.int64)
+        lengths = ends - firsts
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        if starts[-1] == len(chunks):
+            ids = np.array([seq.tokens[start] for seq, start, _ in chunks], dtype=np.int64)
+            positions = firsts
+        else:
+            ids = np.array([t for seq, start, end in chunks for t in seq.tokens[start:end]], dtype=np.int64)
+            positions = np.arange(len(ids)) + np.repeat(firsts - starts[:-1], lengths)
+        last = [i for i, (seq, _, end) in enumerate(chunks) if end == len(seq.tokens) and not seq.pools]
+        sampling = [chunks[i] for i in last]
+        rows = starts[1:][last] - 1
+        wanted = rows if len(rows) else np.array([len(ids) - 1])
+        device_ids, device_positions, device_rows = self._inputs(ids, positions, wanted, chunks, starts, previous)
+        places = StepPlaces(lengths, ends, self._slots(chunks, positions, int(np.count_nonzero(lengths == 1))))
+        segments = self._segments(chunks, starts)
+        if self._graphs is not None and len(rows) == len(ids) and self._graphs.holds(len(ids)):
+            logits = self._graphs.run(chunks, places, segments, device_ids, device_positions)
+            return logits[: len(rows)], sampling
         state = self.model.state
-        state.attention = self._attention(chunks, positions, starts)
-        state.lora = self.backend.plan(self._segments(chunks, starts), len(ids))
-        state.lora_rows = None
-        if state.lora is not None and any(state.lora.touches(head) for head in self._heads):
-            state.lora_rows = self.backend.plan(self._row_segments(sampling), max(len(rows), 1), lane="rows")
+        self.attention.begin(chunks, places)
         try:
-            logits = self.model.forward(
-                torch.tensor(ids, device=device),
-                torch.from_numpy(positions).to(device),
-                torch.tensor(rows or [len(ids) - 1], device=device),
-            )
+            state.lora = self.backend.plan(segments, len(ids))
+            if state.lora is not None and any(state.lora.touches(head) for head in self._heads):
+                state.lora_rows = self.backend.plan(self._row_segments(sampling), len(wanted), lane="rows")
+            logits = self.model.forward(device_ids, device_positions, device_rows)
         finally:
-            state.attention = state.lora = state.lora_rows = None
+            self.attention.end()
+            state.lora = state.lora_rows = None
         return logits[: len(rows)], sampling
 
-    def _banned(self, chunk: Chunk) -> tuple[int, ...]:
-        """Tokens that may not come next: the ends of generation, until `min_tokens` are there."""
-        sampling = chunk.seq.request.sampling
-        if chunk.seq.num_output >= sampling.min_tokens:
-            return ()
-        return (*self.model.eos_token_ids, *sampling.stop_token_ids)
+    def _inputs(
+        self, ids: Ints, positions: Ints, rows: Ints, chunks: Seq[Chunk], starts: Ints, previous: Launched | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids, positions and logit rows on the device; pending ids come from the step before, which lies there."""
+        pending = np.flatnonzero(ids == PENDING)
+        if not len(pending):
+            device_ids, device_positions, device_rows = self._staging.upload(ids, positions, rows)
+            return device_ids, device_positions, device_rows
+        if previous is None or previous.tokens is None:
+            raise ValueError("a token is pending, but no earlier step chose it")
+        rows_before = {seq: row for row, (seq, _, _) in enumerate(previous.sampling)}
+        owners = np.searchsorted(starts, pending, side="right") - 1
+        sources = np.array([rows_before[chunks[owner][0]] for owner in owners.tolist()], dtype=np.int64)
+        device_ids, device_positions, device_rows, target, source = self._staging.upload(
+            ids, positions, rows, pending, sources
+        )
+        # A row without finite logits has -1: any token will do, since its sequence ends when the host sees it.
+        device_ids.index_copy_(0, target, previous.tokens.index_select(0, source).clamp_(min=0))
+        return device_ids, device_positions, device_rows
+
+    def _slots(self, chunks: Seq[Chunk], positions: Ints, decodes: int) -> Ints:
+        """Where each token's key and value go: block * block_size + offset."""
+        size = self.block_size
+        parts = [np.array([seq.blocks[start // size] for seq, start, _ in chunks[:decodes]], dtype=np.int64)]
+        for c in chunks[decodes:]:
+            held = np.asarray(c.seq.blocks[c.start // size : math.ceil(c.end / size)], dtype=np.int64)
+            parts.append(held.repeat(_tokens_per_block(c, size)))
+        return np.concatenate(parts) * size + positions % size
+
+    def _ends(self, seq: Sequence) -> tuple[int, ...]:
+        """The tokens that end the sequence, which may not come before `min_tokens` are there."""
+        return (*self.model.eos_token_ids, *seq.request.sampling.stop_token_ids)
 
     def _segments(self, chunks: Seq[Chunk], starts: Ints) -> list[Segment]:
         """The step's tokens by adapter set; neighbours with the same set are one segment."""
         pieces: list[tuple[int, int, Chunk, Span]] = []
-        for i, chunk in enumerate(chunks):
-            offset = int(starts[i]) - chunk.start
-            for low, high, span in chunk.seq.spans_between(chunk.start, chunk.end):
+        for chunk, first in zip(chunks, starts.tolist(), strict=False):
+            seq, start, end = chunk
+            offset = first - start
+            if len(seq.spans) == 1 and not seq.spans[0].adapters:
+                continue
+            for low, high, span in seq.spans_between(start, end):
                 if not span.adapters:
                     continue
                 if pieces and pieces[-1][3].key == span.key and pieces[-1][1] == offset + low:
@@ -157,77 +208,6 @@ class Runner:
             if span.adapters:
                 segments.append(_segment(i, i + 1, chunk, span))
         return segments
-
-    def _attention(self, chunks: Seq[Chunk], positions: Ints, starts: Ints) -> AttentionStep:
-        device = self.model.device
-        held = np.concatenate([
-            np.asarray(c.seq.blocks[c.start // self.block_size : math.ceil(c.end / self.block_size)]).repeat(
-                _tokens_per_block(c, self.block_size)
-            )
-            for c in chunks
-        ])  # fmt: skip
-        slots = held * self.block_size + positions % self.block_size
-        decodes = [c for c in chunks if c.end - c.start == 1]
-        n = len(decodes)
-        if any(c.end - c.start == 1 for c in chunks[n:]):
-            raise ValueError("single-token chunks come first")
-        placed = None if self._workspace is None else self._workspace.place(decodes)
-        prefills = []
-        for i in range(n, len(chunks)):
-            c = chunks[i]
-            blocks = None
-            if c.start:
-                blocks = torch.tensor(c.seq.blocks[: math.ceil(c.end / self.block_size)], device=device)
-            prefills.append(PrefillPiece(int(starts[i]), int(starts[i + 1]), c.end, blocks))
-        return AttentionStep(
-            slot_mapping=torch.from_numpy(slots).to(device),
-            num_decodes=n,
-            groups=[] if placed is not None else self._groups(decodes),
-            rows=None
-            if placed is None or self._workspace is None
-            else self._rows(decodes, placed, self._workspace.width),
-            prefills=prefills,
-        )
-
-    def _rows(self, decodes: Seq[Chunk], placed: Seq[tuple[int, int]], width: int) -> DecodeRows:
-        device = self.model.device
-        lens = np.ones(max(row for row, _ in placed) + 1, dtype=np.int64)
-        refill = []
-        for chunk, (row, held) in zip(decodes, placed, strict=True):
-            lens[row] = chunk.end
-            if held == 0:
-                blocks = chunk.seq.blocks[: math.ceil(chunk.start / self.block_size)]
-                refill.append((row, torch.tensor(blocks, dtype=torch.long, device=device), chunk.start))
-        return DecodeRows(
-            rows=torch.tensor([row for row, _ in placed], device=device),
-            columns=torch.tensor([c.start for c in decodes], device=device),
-            lens=torch.from_numpy(lens).to(device),
-            refill=refill,
-            width=width,
-            read=-(-int(lens.max()) // READ_STEP) * READ_STEP,
-        )
-
-    def _groups(self, decodes: Seq[Chunk]) -> list[DecodeGroup]:
-        """Decodes by powers of two of their context, those up to 128 together: padding is within 2x or 128 tokens."""
-        device = self.model.device
-        classes: dict[int, list[int]] = {}
-        for i, chunk in enumerate(decodes):
-            classes.setdefault(max(64, chunk.end - 1).bit_length(), []).append(i)
-        groups = []
-        for members in classes.values():
-            width = max(math.ceil(decodes[i].end / self.block_size) for i in members)
-            blocks = np.zeros((len(members), width), dtype=np.int64)
-            for row, i in enumerate(members):
-                own = decodes[i].seq.blocks[: math.ceil(decodes[i].end / self.block_size)]
-                blocks[row] = own[0]  # padding reads a block of the sequence's own, which is finite
-                blocks[row, : len(own)] = own
-            everyone = len(members) == len(decodes)
-            groups.append(DecodeGroup(
-                tokens=None if everyone else torch.tensor(members, device=device),
-                blocks=torch.from_numpy(blocks).to(device),
-                lens=torch.tensor([decodes[i].end for i in members], device=device),
-            ))  # fmt: skip
-        return groups
 
 
 def _tokens_per_block(chunk: Chunk, block_size: int) -> list[int]:

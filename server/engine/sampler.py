@@ -1,127 +1,179 @@
-"""Choosing the next token of every sequence of the step at once.
+"""Choosing the next token of every sequence of the step at once, without waiting for the device.
 
 The noise is counted, not drawn: one uniform number per (seed, position), turned into a token by inverting the
 cumulative distribution. A seeded request therefore repeats whatever the batch or a preemption did.
 """
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from loramux.server.engine.protocol import SamplingParams
+from loramux.server.engine.staging import Staging
 
-GREEDY_BELOW = 1e-5
 TOP_K_WIDTH = 1024
-_MASK = (1 << 64) - 1
+INVALID_TOKEN = -1
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+Floats = npt.NDArray[np.float64]
+Thresholds = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _mix(x: int) -> int:
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit integers that scrambles all bits."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
+    return x ^ (x >> np.uint64(31))
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone, with 53 random bits."""
-    state = _mix((seed + 0x9E3779B97F4A7C15) & _MASK)
-    return (_mix((state + (position + 1) * 0x9E3779B97F4A7C15) & _MASK) >> 11) / float(1 << 53)
+def uniform(seeds: Seq[int], positions: Seq[int]) -> Floats:
+    """Numbers in [0, 1), each a function of its (seed, position) alone, with 53 random bits."""
+    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
+    place = np.array(positions, dtype=np.uint64) + np.uint64(1)
+    state = _mix(_mix(seed + _GOLDEN) + place * _GOLDEN)
+    return (state >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
-def sample(logits: Tensor, params: Seq[SamplingParams], positions: Seq[int], banned: Seq[tuple[int, ...]]) -> list[int]:
-    """The next token of each row.
+def best(logits: Tensor) -> Tensor:
+    """argmax of each row, int64 [rows]; -1 for a row whose logits hold NaN or have no finite maximum."""
+    top, tokens = logits.float().max(dim=-1)
+    return torch.where(torch.isfinite(top), tokens, INVALID_TOKEN)
+
+
+def sample(
+    logits: Tensor,
+    params: Seq[SamplingParams],
+    positions: Seq[int],
+    banned: Mapping[int, tuple[int, ...]],
+    staging: Staging,
+    thresholds: Thresholds | None = None,
+) -> Tensor:
+    """The next token of each row, int64 [rows] on the logits' device.
 
     logits [rows, vocab], any float dtype; `positions[i]` is the index in its sequence of the token to be chosen;
-    tokens in `banned[i]` are impossible. Row i is argmax(logits_i) when its temperature is 0, else a draw from
-    softmax(logits_i / temperature) restricted by top_k, then top_p, then min_p. Returns -1 for a row whose logits
-    hold NaN or have no finite maximum: the caller fails that request alone.
+    tokens in `banned[i]`, where row i has any, are impossible. Row i is argmax(logits_i) when its temperature is 0,
+    else a draw from softmax(logits_i / temperature) restricted by top_k, then top_p, then min_p; tokens as likely as
+    the last one that is kept are kept too. -1 for a row whose logits hold NaN or have no finite maximum: the caller
+    fails that request alone. `thresholds` is `sorted_thresholds` on a CPU and `bisected_thresholds` elsewhere unless
+    it is given.
     """
     logits = logits.float()
-    bans = [(i, t) for i, ids in enumerate(banned) for t in ids if t < logits.shape[1]]
+    bans = [(i, t) for i, ids in banned.items() for t in ids if t < logits.shape[1]]
     if bans:
-        rows, cols = zip(*bans, strict=True)
-        logits = logits.index_put(
-            (torch.tensor(rows, device=logits.device), torch.tensor(cols, device=logits.device)),
-            torch.tensor(float("-inf"), device=logits.device),
-        )
+        places = np.array(bans, dtype=np.int64)
+        rows, columns = staging.upload(places[:, 0].copy(), places[:, 1].copy())
+        logits = logits.index_put((rows, columns), logits.new_full((), float("-inf")))
     top, tokens = logits.max(dim=-1)
-    drawn = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
+    drawn = [i for i, p in enumerate(params) if not p.is_greedy]
     if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        chosen = _draw(logits if len(drawn) == len(params) else logits[index],
-                       [params[i] for i in drawn], [positions[i] for i in drawn])  # fmt: skip
-        tokens = tokens.index_copy(0, index, chosen)
-    tokens = torch.where(torch.isfinite(top), tokens, torch.full_like(tokens, -1))
-    result: list[int] = tokens.tolist()
-    return result
+        if thresholds is None:
+            thresholds = sorted_thresholds if logits.device.type == "cpu" else bisected_thresholds
+        chosen = [params[i] for i in drawn]
+        index, numbers = staging.upload(
+            np.array(drawn, dtype=np.int64),
+            np.concatenate([
+                uniform([p.seed for p in chosen], [positions[i] for i in drawn]),
+                np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in chosen], dtype=np.float64).T.reshape(-1),
+            ]),
+        )  # fmt: skip
+        everyone = len(drawn) == len(params)
+        picked = _draw(logits if everyone else logits.index_select(0, index), numbers.view(5, -1, 1), chosen,
+                       thresholds)  # fmt: skip
+        tokens = picked if everyone else tokens.index_copy(0, index, picked)
+    return torch.where(torch.isfinite(top), tokens, INVALID_TOKEN)
 
 
-def _draw(logits: Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> Tensor:
-    """Inverse-CDF draws: the first token whose cumulative mass exceeds u times the total.
+def _draw(logits: Tensor, numbers: Tensor, params: Seq[SamplingParams], thresholds: Thresholds) -> Tensor:
+    """Inverse-CDF draws in vocabulary order: the first token whose cumulative mass exceeds u times the total.
 
-    Rows are handled by what they ask for, never by what other rows ask for, so that a row's token depends on the row
-    alone: without top_k and top_p in vocabulary order; over the `TOP_K_WIDTH` best tokens where top_k is small or those
-    hold the row's top_p; else over the sorted vocabulary.
+    logits [rows, vocab] float32; numbers [5, rows, 1] float64: u, temperature, top_k, top_p, min_p. A row's token
+    depends on the row alone.
     """
-    nucleus = [i for i, p in enumerate(params) if p.top_k <= 0 and p.top_p < 1]
-    short = dict(zip(nucleus, _reaches(logits, params, nucleus), strict=True))
-    groups: dict[str, list[int]] = {}
-    for i, p in enumerate(params):
-        if p.top_k <= 0 and p.top_p >= 1:
-            kind = "plain"
-        else:
-            kind = "best" if 0 < p.top_k <= TOP_K_WIDTH or short.get(i, False) else "sorted"
-        groups.setdefault(kind, []).append(i)
-    out = torch.empty(len(params), dtype=torch.long, device=logits.device)
-    for kind, members in groups.items():
-        index = torch.tensor(members, device=logits.device)
-        out[index] = _draw_group(kind, logits[index], [params[i] for i in members], [positions[i] for i in members])
-    return out
-
-
-def _column(values: Seq[float], like: Tensor) -> Tensor:
-    """The numbers as [rows, 1] float64."""
-    return torch.tensor(values, device=like.device, dtype=torch.float64).unsqueeze(1)
-
-
-def _reaches(logits: Tensor, params: Seq[SamplingParams], rows: Seq[int]) -> list[bool]:
-    """For each of the rows whether its `TOP_K_WIDTH` best tokens surely hold its top_p: the rest need no sorting."""
-    if not rows or logits.shape[1] <= TOP_K_WIDTH:
-        return [True] * len(rows)
-    chosen = [params[i] for i in rows]
-    scaled = logits[torch.tensor(rows, device=logits.device)]
-    scaled = scaled / _column([p.temperature for p in chosen], logits).float()
-    best = torch.topk(scaled, TOP_K_WIDTH, dim=-1).values
-    share = (torch.logsumexp(best, -1, keepdim=True) - torch.logsumexp(scaled, -1, keepdim=True)).exp()
-    enough: list[bool] = (share > _column([p.top_p for p in chosen], logits) + 1e-3).squeeze(1).tolist()
-    return enough
-
-
-def _draw_group(kind: str, logits: Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> Tensor:
-    """Draws for rows of one kind; logits [rows, vocab] float32."""
-    device, vocab = logits.device, logits.shape[1]
-    logits = logits / _column([p.temperature for p in params], logits).float()
-    whole = torch.logsumexp(logits, -1, keepdim=True).double()
-    order: Tensor | None = None
-    if kind == "best":
-        logits, order = torch.topk(logits, min(TOP_K_WIDTH, vocab), dim=-1)
-    elif kind == "sorted":
-        logits, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    if order is None:
-        probs = torch.softmax(logits.double(), dim=-1)
-    else:
-        limits = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=device).unsqueeze(1)
-        kept = logits.masked_fill(torch.arange(logits.shape[1], device=device) >= limits, float("-inf")).double()
-        total = torch.where(limits < vocab, torch.logsumexp(kept, -1, keepdim=True), whole)
-        probs = (kept - total).exp()
-        keep = probs.cumsum(-1) - probs < _column([p.top_p for p in params], logits)
-        keep[:, 0] = True
-        probs = probs * keep
+    u, temperature, top_k, top_p, min_p = numbers
+    scaled = logits / temperature.float()
+    filtered = any(p.top_k > 0 or p.top_p < 1 for p in params)
+    lowest = thresholds(scaled, top_k, top_p) if filtered else None
+    probs = torch.softmax(scaled.double(), dim=-1)
+    if lowest is not None:
+        probs = probs * (scaled >= lowest)
     if any(p.min_p > 0 for p in params):
-        probs = probs * (probs >= _column([p.min_p for p in params], logits) * probs.amax(-1, keepdim=True))
+        probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
     mass = probs.cumsum(-1)
-    u = _column([uniform(p.seed, n) for p, n in zip(params, positions, strict=True)], logits)
-    target = torch.minimum(u * mass[:, -1:], torch.nextafter(mass[:, -1:], torch.zeros_like(mass[:, -1:])))
-    at = torch.searchsorted(mass, target, right=True).clamp_(max=probs.shape[1] - 1)
-    return (at if order is None else order.gather(1, at)).squeeze(1)
+    total = mass[:, -1:]
+    target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, target, right=True).clamp_(max=logits.shape[1] - 1).squeeze(1)
+
+
+def sorted_thresholds(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The lowest logit [rows, 1] that top_k, then top_p keep, by sorting; top_k 0 and top_p 1 keep everything.
+
+    scaled [rows, vocab] float32, top_k and top_p [rows, 1]. The `TOP_K_WIDTH` best tokens decide where they can.
+    """
+    rows, vocab = scaled.shape
+    lowest = torch.full((rows, 1), float("-inf"), dtype=scaled.dtype, device=scaled.device)
+    width = min(TOP_K_WIDTH, vocab)
+    best = torch.topk(scaled, width, dim=-1).values
+    whole = torch.logsumexp(scaled.double(), -1, keepdim=True)
+    share = (torch.logsumexp(best.double(), -1, keepdim=True) - whole).exp()
+    wanted = (top_k > 0) | (top_p < 1)
+    enough = ((top_k > 0) & (top_k <= width)) | ((top_k <= 0) & (share > top_p + 1e-3)) | (width == vocab)
+    for few in (True, False):
+        index = (wanted & (enough == few)).squeeze(1).nonzero().squeeze(1)
+        if not len(index):
+            continue
+        values = best[index] if few else scaled[index].sort(dim=-1, descending=True).values
+        k = torch.where(top_k[index] > 0, top_k[index], float(vocab))
+        kept = values.masked_fill(torch.arange(values.shape[1], device=values.device) >= k, float("-inf")).double()
+        total = torch.where(k < vocab, torch.logsumexp(kept, -1, keepdim=True), whole[index])
+        probs = (kept - total).exp()
+        keep = (probs.cumsum(-1) - probs < top_p[index]) & torch.isfinite(kept)
+        keep[:, 0] = True
+        lowest[index] = values.masked_fill(~keep, float("inf")).amin(-1, keepdim=True)
+    return lowest
+
+
+def _keys(values: Tensor) -> Tensor:
+    """int32 keys that order float32 values as the values do (NaN aside)."""
+    bits = values.view(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def bisected_thresholds(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """What `sorted_thresholds` gives, without sorting and without waiting for the device.
+
+    The keys of float32 values are integers, so 32 halvings find the highest key with at least top_k tokens at or above
+    it, and 32 more the highest one whose tokens hold top_p of what is left.
+    """
+    rows = scaled.shape[0]
+    keys = _keys(scaled)
+    low, high = keys.amin(-1, keepdim=True).long(), keys.amax(-1, keepdim=True).long()
+    k = torch.where(top_k > 0, top_k, torch.zeros_like(top_k))
+    first = _highest(low, high, lambda key: (keys >= key).sum(-1, keepdim=True) >= k)
+    first = torch.where(top_k > 0, first, low)
+    weights = torch.softmax(scaled, dim=-1) * (keys >= first)
+
+    def held(key: Tensor) -> Tensor:
+        return (weights * (keys >= key)).sum(-1, keepdim=True, dtype=torch.float64)
+
+    goal = top_p * held(first)
+    second = _highest(first, high, lambda key: held(key) >= goal)
+    second = torch.where(top_p < 1, second, first)
+    filtered = (top_k > 0) | (top_p < 1)
+    lowest = torch.where(keys >= second, scaled, float("inf")).amin(-1, keepdim=True)
+    return torch.where(filtered, lowest, torch.full((rows, 1), float("-inf"), device=scaled.device))
+
+
+def _highest(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """The highest integer in [low, high] for which the falling predicate holds; it holds for low."""
+    for _ in range(33):
+        middle = (low + high + 1).div(2, rounding_mode="floor")
+        found = holds(middle)
+        low, high = torch.where(found, middle, low), torch.where(found, high, middle - 1)
+    return low

@@ -7,11 +7,11 @@ device waits alone. When blocks run out the youngest running sequence gives its 
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from loramux.server.engine.blocks import BlockManager
 from loramux.server.engine.sequence import Sequence
@@ -35,8 +35,7 @@ class AdapterGate(Protocol):
         """The caller that waited for this set no longer does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens [start, end) of one sequence, to be computed in this step."""
 
     seq: Sequence
@@ -92,21 +91,32 @@ class Scheduler:
     def schedule(self) -> tuple[list[Chunk], list[Failure]]:
         """The next step's chunks (decodes first, each part in the kernels' order), and sequences that failed."""
         budget = self.max_batched_tokens
-        chunks: dict[int, Chunk] = {}
-        decoding = [s for s in self.running if s.remaining == 1]
-        prefilling = [s for s in self.running if s.remaining > 1]
-        for seq in (*decoding, *prefilling):
+        block_size, preemptions = self.blocks.block_size, self.preemptions
+        chunks: dict[Sequence, Chunk] = {}
+        prefilling: list[Sequence] = []
+        for seq in tuple(self.running):
+            known, start = len(seq.tokens), seq.num_computed
+            if known - start > 1:
+                prefilling.append(seq)
+            elif known - start < 1 or known >= seq.limit or budget == 0 or seq.slots is None:
+                continue  # nothing to compute, or it was preempted for an earlier sequence of this very step
+            elif known <= len(seq.blocks) * block_size or self._make_room(seq, known, chunks):
+                chunks[seq] = Chunk(seq, start, known)
+                budget -= 1
+        for seq in prefilling:
             if budget == 0:
                 break
-            if seq.slots is None:  # preempted for an earlier sequence of this very step
+            if seq.slots is None:
                 continue
-            end = seq.num_computed + min(seq.remaining, budget)
-            if self._make_room(seq, end, chunks):
-                chunks[id(seq)] = Chunk(seq, seq.num_computed, end)
-                budget -= end - seq.num_computed
-        budget = self.max_batched_tokens - sum(c.end - c.start for c in chunks.values())
+            start = seq.num_computed
+            end = start + min(len(seq.tokens) - start, budget)
+            if end <= len(seq.blocks) * block_size or self._make_room(seq, end, chunks):
+                chunks[seq] = Chunk(seq, start, end)
+                budget -= end - start
+        if self.preemptions > preemptions:  # chunks were taken back
+            budget = self.max_batched_tokens - sum(c.end - c.start for c in chunks.values())
         failures = self._admit(budget, chunks)
-        return sorted(chunks.values(), key=self._layout), failures
+        return self._ordered(chunks.values()), failures
 
     def finish(self, seq: Sequence) -> None:
         """Takes the sequence out, wherever it is, and frees what it holds."""
@@ -117,7 +127,7 @@ class Scheduler:
             self.waiting.remove(seq)
             self.adapters.abandon(seq.digests)
 
-    def _admit(self, budget: int, chunks: dict[int, Chunk]) -> list[Failure]:
+    def _admit(self, budget: int, chunks: dict[Sequence, Chunk]) -> list[Failure]:
         failures: list[Failure] = []
         blocked: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
@@ -143,7 +153,7 @@ class Scheduler:
             if not self._fits(seq):
                 self._give_back(seq)
                 break
-            cached = self.blocks.match_prefix(seq)
+            cached = self.blocks.match_prefix(seq) if seq.request.pooling is None else 0
             end = cached + min(seq.remaining, budget)
             if not self.blocks.grow(seq, end):
                 self._give_back(seq)
@@ -154,7 +164,7 @@ class Scheduler:
                 self.blocks.count_query(seq)
             self.waiting.popleft()
             self.running.append(seq)
-            chunks[id(seq)] = Chunk(seq, cached, end)
+            chunks[seq] = Chunk(seq, cached, end)
             budget -= end - cached
         ahead = islice(self.waiting, LOOK_AHEAD)
         self.adapters.prefetch([digest for seq in ahead for digest in seq.digests])
@@ -162,12 +172,24 @@ class Scheduler:
         self.waiting.extendleft(reversed(blocked))
         return failures
 
-    def _layout(self, chunk: Chunk) -> tuple[bool, int, list[tuple[int, ...]], bytes]:
+    def _ordered(self, chunks: Iterable[Chunk]) -> list[Chunk]:
         """Decodes before prompts, each by adapter set: base, single adapters, larger sets, in the kernels' order."""
-        slots = chunk.seq.slots or {}
-        span = chunk.seq.current_span
-        places = [self._order(slots[a.digest]) for a in span.adapters]
-        return chunk.end - chunk.start > 1, len(places), places, span.key
+        groups: dict[tuple[bool, bytes], list[Chunk]] = {}
+        for chunk in chunks:
+            seq, start, end = chunk
+            group = end - start > 1, seq.spans[-1].key
+            if group in groups:
+                groups[group].append(chunk)
+            else:
+                groups[group] = [chunk]
+
+        def place(group: tuple[bool, bytes]) -> tuple[bool, int, list[tuple[int, ...]], bytes]:
+            seq = groups[group][0].seq
+            slots = seq.slots or {}
+            places = [self._order(slots[a.digest]) for a in seq.current_span.adapters]
+            return group[0], len(places), places, group[1]
+
+        return [chunk for group in sorted(groups, key=place) for chunk in groups[group]]
 
     def _fits(self, seq: Sequence) -> bool:
         """Whether the whole of the sequence's present tokens could fit now: admitting less only leads to preemption.
@@ -177,12 +199,12 @@ class Scheduler:
         missing = self.blocks.blocks_for(len(seq.tokens))
         return missing <= self.blocks.num_free or missing - self.blocks.cached_prefix(seq) <= self.blocks.num_free
 
-    def _make_room(self, seq: Sequence, end: int, chunks: dict[int, Chunk]) -> bool:
+    def _make_room(self, seq: Sequence, end: int, chunks: dict[Sequence, Chunk]) -> bool:
         """Blocks for tokens up to `end`; the youngest other sequence gives way, and `seq` itself when it is that."""
         while not self.blocks.grow(seq, end):
             victim = self.running[-1]
             self._preempt(victim)
-            chunks.pop(id(victim), None)
+            chunks.pop(victim, None)
             if victim is seq:
                 return False
         return True
@@ -195,6 +217,7 @@ class Scheduler:
 
     def _give_back(self, seq: Sequence) -> None:
         self.blocks.free(seq)
+        seq.pooled = None
         if seq.slots is not None:
             self.adapters.release(tuple(seq.slots))
             seq.slots = None

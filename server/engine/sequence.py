@@ -1,9 +1,15 @@
 """One request on its way through the engine: its tokens, its spans of adapter sets, its cache blocks."""
 
 import struct
+from array import array
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from loramux.server.engine.protocol import AdapterRef, EngineRequest
+
+PENDING = -1
+"""Stands in `Sequence.tokens` for a token that the device has chosen and the host has not seen yet."""
 
 
 def set_key(adapters: tuple[AdapterRef, ...]) -> bytes:
@@ -29,24 +35,33 @@ class Span:
 class Sequence:
     """The state of one request.
 
-    `tokens` is prompt and output; `num_computed` of them have their keys and values in `blocks`. A sequence is
-    decoding when all tokens but the last are computed. `slots` maps a digest to its device slot while the sequence
-    holds its adapters, and is None while it waits. The first `num_registered` blocks are findable by the hashes in
-    `block_hashes` (which are kept when blocks are given back). `spans` is never empty and starts at token 0.
-    `scheduled_at` (seconds, `time.monotonic()`) is when its first tokens were first scheduled.
+    `tokens` is prompt and output; `num_computed` of them have their keys and values in `blocks` (or will have when the
+    steps that were launched have run). A sequence is decoding when all tokens but the last are computed; that last one
+    may be `PENDING`, no other is. `limit` is the length at which generation ends; `pools` says that the request wants
+    hidden states instead, `is_plain` that its tokens are the best ones from the first on. `slots` maps a digest to its
+    device slot while the sequence holds its adapters, and is None while it waits. The first `num_registered` blocks are
+    findable by the hashes in `block_hashes` (which are kept when blocks are given back). `spans` is never empty and
+    starts at token 0. `pooled` float32, on the device, is what a pooling request has so far: the sum of its hidden
+    states [layers, hidden], or the last of them [layers, tokens, hidden]. `scheduled_at` (seconds, `time.monotonic()`)
+    is when its first tokens were first scheduled. `has_ended`: what is still under way for it counts for nothing.
     """
 
     request: EngineRequest
     tokens: list[int]
     prompt_len: int
+    limit: int
+    pools: bool
+    is_plain: bool
     spans: list[Span]
     num_computed: int = 0
     cached_tokens: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered: int = 0
     slots: dict[str, int] | None = None
+    pooled: Tensor | None = None
     scheduled_at: float | None = None
+    has_ended: bool = False
 
     @classmethod
     def from_request(cls, request: EngineRequest) -> "Sequence":
@@ -56,6 +71,9 @@ class Sequence:
             request=request,
             tokens=list(request.prompt_token_ids),
             prompt_len=len(request.prompt_token_ids),
+            limit=len(request.prompt_token_ids) + request.sampling.max_tokens,
+            pools=request.pooling is not None,
+            is_plain=request.sampling.is_greedy and request.sampling.min_tokens <= 0,
             spans=[Span(0, adapters, set_key(adapters))],
         )
 
@@ -66,8 +84,13 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, the pending one included."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `max_tokens` are generated, the pending one included: nothing is left to compute."""
+        return len(self.tokens) >= self.limit
 
     @property
     def remaining(self) -> int:
@@ -99,6 +122,8 @@ class Sequence:
 
     def spans_between(self, start: int, end: int) -> list[tuple[int, int, Span]]:
         """The pieces of tokens [start, end) by span, in order, as (start, end, span)."""
+        if len(self.spans) == 1:
+            return [(start, end, self.spans[0])] if start < end else []
         pieces = []
         for i, span in enumerate(self.spans):
             stop = self.spans[i + 1].start if i + 1 < len(self.spans) else end

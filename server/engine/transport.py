@@ -19,6 +19,7 @@ from loramux.server.engine.protocol import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    PoolingParams,
     SamplingParams,
     StepEvent,
 )
@@ -47,29 +48,29 @@ class Report(IntEnum):
 def encode_request(request: EngineRequest) -> list[Any]:
     """The request as plain values."""
     adapters = [(a.digest, a.weight) for a in request.adapters]
-    return [request.request_id, request.prompt_token_ids, astuple(request.sampling), adapters, request.salt]
+    pooling = None if request.pooling is None else (request.pooling.layers, request.pooling.tokens)
+    return [request.request_id, request.prompt_token_ids, astuple(request.sampling), adapters, request.salt, pooling]
 
 
 def decode_request(raw: list[Any]) -> EngineRequest:
     """The inverse of `encode_request`."""
-    request_id, prompt, sampling, adapters, salt = raw
+    request_id, prompt, sampling, adapters, salt, pooling = raw
     values = dict(zip((f.name for f in fields(SamplingParams)), sampling, strict=True))
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
     return EngineRequest(
-        request_id, tuple(prompt), SamplingParams(**values), tuple(AdapterRef(d, w) for d, w in adapters), salt
+        request_id,
+        tuple(prompt),
+        SamplingParams(**values),
+        tuple(AdapterRef(d, w) for d, w in adapters),
+        salt,
+        None if pooling is None else PoolingParams(tuple(pooling[0]), pooling[1]),
     )
 
 
-def encode_output(output: EngineOutput) -> tuple[Any, ...]:
-    """The output as plain values."""
-    return (output.request_id, output.token_ids, output.finish_reason, output.cached_tokens, output.stop_token_id,
-            output.error, output.error_kind, output.scheduled_at)  # fmt: skip
-
-
 def decode_output(raw: list[Any]) -> EngineOutput:
-    """The inverse of `encode_output`."""
-    request_id, tokens, reason, cached, stop_token, error, kind, scheduled_at = raw
-    return EngineOutput(request_id, tuple(tokens), reason, cached, stop_token, error, kind, scheduled_at)
+    """An output, which is a tuple and so packed as it is."""
+    request_id, tokens, *rest = raw
+    return EngineOutput(request_id, tuple(tokens), *rest)
 
 
 def encode_event(event: StepEvent) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class FakeEngine:
     async def start(self) -> None:
         self.state = self.start_state
         if self.state == "ready":
-            self.info_value = EngineInfo(256, 8, 16, 64, "float32", "cpu", (END,), 1 << 20, 1 << 20, 4)
+            self.info_value = EngineInfo(256, 8, 16, 64, "float32", "cpu", (END,), 1 << 20, 1 << 20, 4, 64, 1)
 
     async def wait_ready(self, timeout: float | None = None) -> None:
         return
@@ -130,7 +130,7 @@ class FakeEngine:
                     raise step
                 if isinstance(step, EngineOutput):
                     finished = step.finish_reason is not None
-                    yield replace(step, request_id=request.request_id)
+                    yield step._replace(request_id=request.request_id)
                     continue
                 if isinstance(step, Awaitable):
                     await step
@@ -151,8 +151,8 @@ class FakeEngine:
         made = EngineOutput(request.request_id, tuple(tokens), cached_tokens=self.cached_tokens)
         ends = tokens and (tokens[-1] in sampling.stop_token_ids or (tokens[-1] == END and not sampling.ignore_eos))
         if ends:
-            return replace(made, finish_reason="stop", stop_token_id=tokens[-1])
-        return replace(made, finish_reason="length") if len(tokens) >= left else made
+            return made._replace(finish_reason="stop", stop_token_id=tokens[-1])
+        return made._replace(finish_reason="length") if len(tokens) >= left else made
 
     async def forget_adapter(self, digest: str) -> None:
         self.forgotten.append(digest)

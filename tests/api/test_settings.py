@@ -37,7 +37,9 @@ SAMPLES = {
     "enable_prefix_caching": ("false", False), "device_adapter_bytes": ("64MB", 64_000_000),
     "host_adapter_bytes": ("5000", 5000), "max_adapters_per_set": ("2", 2), "packed_projections": ("0", False),
     "max_set_rank": ("64", 64), "max_device_adapters": ("7", 7), "lora_implementation": ("torch", "torch"),
-    "decode_workspace": ("no", False),
+    "decode_workspace": ("no", False), "attention_implementation": ("torch", "torch"), "cuda_graphs": ("off", "off"),
+    "overlap": ("on", "on"), "compile_layers": ("1", True), "deterministic": ("1", True),
+    "lora_overlap": ("stream", "stream"), "gpu_memory_utilization": ("0.5", 0.5),
     "store_dir": ("/tmp/x", Path("/tmp/x")), "adapter_max_bytes": ("1GiB", 1 << 30), "max_adapters": ("5", 5),
 }  # fmt: skip
 
@@ -49,7 +51,7 @@ def test_every_setting_has_a_flag_and_a_variable(name: str, monkeypatch: pytest.
         return
     text, value = sample
     if isinstance(value, bool):
-        assert getattr(parse("--no-" + flag_of(name)[2:]), name) is value
+        assert getattr(parse(flag_of(name) if value else "--no-" + flag_of(name)[2:]), name) is value
     else:
         assert getattr(parse(flag_of(name), text), name) == value
     monkeypatch.setenv(variable_of(name), text)

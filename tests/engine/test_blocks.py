@@ -17,7 +17,7 @@ def sequence(tokens: list[int], adapters: list[tuple[str, float]] | None = None,
 def compute(blocks: BlockManager, seq: Sequence) -> None:
     assert blocks.grow(seq, len(seq.tokens))
     seq.num_computed = len(seq.tokens)
-    blocks.register(seq)
+    blocks.register(seq, seq.num_computed)
 
 
 def test_a_prefix_is_found_under_the_same_tokens() -> None:
@@ -74,7 +74,7 @@ def test_growth_is_all_or_nothing() -> None:
     blocks = BlockManager(3, 4)
     seq = sequence(list(range(13)))
     assert not blocks.grow(seq, 13)
-    assert seq.blocks == []
+    assert not seq.blocks
     assert blocks.num_free == 3
     assert blocks.grow(seq, 12)
 
@@ -92,7 +92,7 @@ def test_random_traffic_keeps_the_invariants() -> None:
             blocks.match_prefix(seq)
             if blocks.grow(seq, len(tokens)):
                 seq.num_computed = len(tokens)
-                blocks.register(seq)
+                blocks.register(seq, seq.num_computed)
                 live.append(seq)
             else:
                 blocks.free(seq)

@@ -1,7 +1,7 @@
 """The engine core on a tiny model: batching, chunking, caching, preemption and switches never change what is said."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from support.models import (
 
 from loramux.server.engine.core import EngineCore
 from loramux.server.engine.loading import UnsupportedModelError
-from loramux.server.engine.protocol import EngineRequest
+from loramux.server.engine.protocol import EngineOutput, EngineRequest, PoolingParams
+from loramux.server.engine.runner import Launched
 
 
 @dataclass
@@ -50,9 +51,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return Setup(model, model_dir, root / "blobs", digests)
 
 
-@pytest.fixture
-def core(setup: Setup) -> Iterator[EngineCore]:
-    engine = setup.core()
+@pytest.fixture(params=[False, True], ids=["plain", "overlapped"])
+def core(setup: Setup, request: pytest.FixtureRequest) -> Iterator[EngineCore]:
+    engine = setup.core(overlap=request.param)
     yield engine
     engine.close()
 
@@ -94,6 +95,8 @@ def test_every_switch_leaves_the_output_unchanged(setup: Setup) -> None:
         {"max_batched_tokens": 16},
         {"max_num_seqs": 1},
         {"block_size": 16},
+        {"overlap": True},
+        {"overlap": True, "max_batched_tokens": 16, "decode_workspace": False},
     ]
     for variant in variants:
         core = setup.core(**variant)
@@ -103,10 +106,13 @@ def test_every_switch_leaves_the_output_unchanged(setup: Setup) -> None:
         assert got == expected, variant
 
 
-def test_preemption_changes_nothing(setup: Setup, core: EngineCore) -> None:
+@pytest.mark.parametrize("overlap", [False, True], ids=["plain", "overlapped"])
+def test_preemption_changes_nothing(setup: Setup, overlap: bool) -> None:
+    core = setup.core()
     expected = run(core, workload(setup, tokens=40))
+    core.close()
     per_block = core.model.kv_bytes_per_token * 4
-    small = setup.core(kv_cache_bytes=per_block * 40, max_model_len=100)
+    small = setup.core(kv_cache_bytes=per_block * 40, max_model_len=100, overlap=overlap)
     got = run(small, workload(setup, tokens=40))
     small.close()
     assert small.scheduler.preemptions > 0
@@ -152,6 +158,36 @@ def test_min_tokens_keeps_the_end_away(setup: Setup, core: EngineCore) -> None:
     assert len(tokens) >= 6
     assert plain[0] not in tokens[:6]
     assert EOS not in tokens[:6]
+
+
+def test_requests_that_come_and_go_leave_the_others_alone(setup: Setup) -> None:
+    """Ends by length, by stop id and by abort while the next step is under way, on few blocks."""
+    few = {"kv_cache_bytes": 120_000, "max_model_len": 100}
+    plain, overlapped = (setup.core(overlap=overlap, **few) for overlap in (False, True))
+    prompts = texts(30, 1, 50)
+    alone = {i: run(plain, [request("r", p, 3 + i % 9, ignore_eos=True)])["r"] for i, p in enumerate(prompts)}
+    found: dict[str, list[EngineOutput]] = {}
+    for i, prompt in enumerate(prompts):
+        stops = (alone[i][2],) if i % 4 == 1 else ()
+        overlapped.add(request(str(i), prompt, 3 + i % 9, ignore_eos=True, stop_token_ids=stops))
+        for output in overlapped.step().outputs:
+            found.setdefault(output.request_id, []).append(output)
+        if i % 5 == 4:
+            overlapped.abort(str(i - 1))
+    for key, outputs in drain(overlapped).items():
+        found.setdefault(key, []).extend(outputs)
+    for i, tokens in alone.items():
+        got = tokens_of(found.get(str(i), []))
+        if i % 5 == 3:
+            assert got == tokens[: len(got)]
+        elif i % 4 == 1:
+            assert got == tokens[: tokens.index(tokens[2]) + 1]
+        else:
+            assert got == tokens
+    assert overlapped.blocks.num_used == 0
+    overlapped.blocks.check()
+    plain.close()
+    overlapped.close()
 
 
 def test_abort_frees_everything_at_once(core: EngineCore, setup: Setup) -> None:
@@ -248,15 +284,15 @@ def test_a_reused_request_id_starts_afresh(setup: Setup, workspace: bool) -> Non
 def test_a_step_that_fails_fails_its_requests_alone(
     core: EngineCore, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = core.runner.run
+    real = core.runner.launch
     calls = iter([True])
 
-    def once(chunks: Any) -> dict[str, int]:
+    def once(chunks: Any, previous: Any) -> Launched:
         if next(calls, False):
             raise RuntimeError("a kernel failed")
-        return real(chunks)
+        return real(chunks, previous)
 
-    monkeypatch.setattr(core.runner, "run", once)
+    monkeypatch.setattr(core.runner, "launch", once)
     core.add(request("unlucky", [5, 6, 7], 4))
     outputs = drain(core)["unlucky"]
     assert outputs[-1].error_kind == "model"
@@ -265,10 +301,10 @@ def test_a_step_that_fails_fails_its_requests_alone(
 
 
 def test_a_step_that_fails_again_and_again_ends_the_engine(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(chunks: Any) -> dict[str, int]:
+    def never(chunks: Any, previous: Any) -> Launched:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(core.runner, "run", never)
+    monkeypatch.setattr(core.runner, "launch", never)
     for i in range(2):
         core.add(request(str(i), [5, 6, 7], 4))
         assert core.step().outputs[0].error_kind == "model"
@@ -335,3 +371,47 @@ def test_more_adapters_than_fit_take_turns(setup: Setup) -> None:
     assert core.backend.bytes_used <= core.backend.bytes_total
     core.close()
     wide.close()
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["alone", "after-generating"])
+def test_pooling_gives_the_mean_hidden_states(setup: Setup, core: EngineCore, prefix: bool) -> None:
+    prompts = texts(3, 40, 90)
+    if prefix:
+        run(core, [request(f"g{i}", prompt, 4) for i, prompt in enumerate(prompts)])
+    for i, prompt in enumerate(prompts):
+        core.add(replace(request(str(i), prompt, 1), pooling=PoolingParams((-1, 0, 1))))
+        core.add(request(f"beside{i}", prompt[:7], 5, [(setup.digests["all-r8"], 1.0)], ignore_eos=True))
+    outputs = drain(core)
+    for i, prompt in enumerate(prompts):
+        (output,) = outputs[str(i)]
+        assert output.finish_reason == "stop"
+        got = torch.frombuffer(bytearray(output.embedding or b""), dtype=torch.float32).view(3, -1)
+        with torch.inference_mode():
+            states = setup.model(torch.tensor([prompt]), output_hidden_states=True, use_cache=False).hidden_states
+            layers = setup.model.model.layers
+            expected = [states[-1], layers[0].input_layernorm(states[0]), layers[1].input_layernorm(states[1])]
+        assert (got - torch.stack([e[0].mean(0) for e in expected])).abs().max() < 1e-4
+        assert len(tokens_of(outputs[f"beside{i}"])) == 5
+    assert core.blocks.num_used == 0
+    core.add(request("after", prompts[0], 1))
+    assert drain(core)["after"][0].cached_tokens == (len(prompts[0]) - 1) // 4 * 4
+
+
+def test_pooling_gives_the_last_tokens_states(setup: Setup, core: EngineCore) -> None:
+    prompts = texts(3, 20, 90)
+    for i, prompt in enumerate(prompts):
+        core.add(replace(request(str(i), prompt, 1), pooling=PoolingParams((1, -1), tokens=30)))
+    outputs = drain(core)
+    for i, prompt in enumerate(prompts):
+        got = torch.frombuffer(bytearray(outputs[str(i)][0].embedding or b""), dtype=torch.float32)
+        with torch.inference_mode():
+            states = setup.model(torch.tensor([prompt]), output_hidden_states=True, use_cache=False).hidden_states
+            expected = [setup.model.model.layers[1].input_layernorm(states[1]), states[-1]]
+        count = min(30, len(prompt))
+        assert (got.view(2, count, -1) - torch.stack([e[0, -count:] for e in expected])).abs().max() < 1e-4
+
+
+def test_pooling_layers_that_are_not_there_are_refused(core: EngineCore) -> None:
+    for layers in ((), (9,), (-9,)):
+        with pytest.raises(ValueError, match="layers"):
+            core.add(replace(request("p", [5, 6], 1), pooling=PoolingParams(layers)))

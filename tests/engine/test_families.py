@@ -21,6 +21,7 @@ from loramux.server.engine.loading import (
 from loramux.server.engine.runner import Runner
 from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.torch_attention import TorchAttention
 
 BLOCK = 4
 TOLERANCE = 1e-4
@@ -31,12 +32,15 @@ class Harness:
 
     def __init__(self, reference: Any, loaded: LoadedModel, workspace_tokens: int) -> None:
         self.reference = reference
-        loaded.allocate(64, BLOCK, workspace_tokens)
+        path = TorchAttention(
+            loaded.attention, num_blocks=64, block_size=BLOCK, dtype=loaded.dtype, device=loaded.device,
+            workspace_tokens=workspace_tokens,
+        )  # fmt: skip
         backend = make_backend(
             [p.site for p in loaded.projections if p.site is not None], dtype=loaded.dtype, device=loaded.device,
             budget_bytes=1 << 20, max_slots=4, max_tokens=64,
         )  # fmt: skip
-        self.runner = Runner(loaded, backend, block_size=BLOCK)
+        self.runner = Runner(loaded, backend, path, block_size=BLOCK)
         self.blocks = BlockManager(64, BLOCK)
         self.worst = 0.0
         self.rows = 0

@@ -5,12 +5,24 @@ import math
 import pytest
 import torch
 
+from loramux.server.engine import sampler
 from loramux.server.engine.protocol import SamplingParams
-from loramux.server.engine.sampler import sample, uniform
+from loramux.server.engine.sampler import Thresholds, bisected_thresholds, sorted_thresholds, uniform
+from loramux.server.engine.staging import Staging
+
+CPU = torch.device("cpu")
 
 
 def params(**kwargs: float) -> SamplingParams:
     return SamplingParams(max_tokens=1, **kwargs)  # type: ignore[arg-type]
+
+
+def sample(logits: torch.Tensor, chosen: list[SamplingParams], positions: list[int], banned: list[tuple[int, ...]],
+           thresholds: Thresholds | None = None) -> list[int]:  # fmt: skip
+    tokens: list[int] = sampler.sample(
+        logits, chosen, positions, dict(enumerate(banned)), Staging(CPU), thresholds
+    ).tolist()
+    return tokens
 
 
 def draw(logits: torch.Tensor, p: SamplingParams, position: int = 0) -> int:
@@ -75,11 +87,13 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 
 def test_the_noise_is_counted() -> None:
-    assert uniform(7, 3) == uniform(7, 3)
-    values = [uniform(seed, position) for seed in (0, 1, 2**63 - 1, -5) for position in range(500)]
-    assert len(set(values)) == len(values)
-    assert all(0 <= v < 1 for v in values)
-    assert abs(sum(values) / len(values) - 0.5) < 0.02
+    assert uniform([7], [3]) == uniform([7], [3])
+    seeds = [0, 1, 2**63 - 1, -5]
+    values = uniform([seed for seed in seeds for _ in range(500)], [*range(500)] * len(seeds))
+    assert len(set(values.tolist())) == len(values)
+    assert bool(((values >= 0) & (values < 1)).all())
+    assert abs(values.mean() - 0.5) < 0.02
+    assert uniform([11, 5], [4, 9])[1] == uniform([5], [9])[0]
 
 
 def test_extreme_temperatures_stay_in_the_vocabulary() -> None:
@@ -90,11 +104,29 @@ def test_extreme_temperatures_stay_in_the_vocabulary() -> None:
     assert hot == {0, 1, 2}
 
 
+@pytest.mark.parametrize("vocab", [3, 700, 5000])
+def test_bisecting_finds_what_sorting_finds(vocab: int) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(24, vocab) * torch.linspace(0.01, 8, 24).unsqueeze(1)
+    logits[3, 1:] = float("-inf")
+    logits[4] = 0.0
+    top_k = torch.tensor([0, 1, 2, 40, 1500, vocab, vocab + 9, 0] * 3, dtype=torch.float64).unsqueeze(1)
+    top_p = torch.tensor([1.0] * 8 + [0.9] * 8 + [0.3, 0.999, 1.0, 1e-6] * 2, dtype=torch.float64).unsqueeze(1)
+    first, second = sorted_thresholds(logits, top_k, top_p), bisected_thresholds(logits, top_k, top_p)
+    possible = torch.isfinite(logits)
+    assert torch.equal((logits >= first) & possible, (logits >= second) & possible)
+    chosen = [params(seed=i, top_k=int(k), top_p=float(p), min_p=0.01 * (i % 2))
+              for i, (k, p) in enumerate(zip(top_k, top_p, strict=True))]  # fmt: skip
+    places, none = [*range(24)], [()] * 24
+    by_sorting = sample(logits, chosen, places, none, sorted_thresholds)
+    assert sample(logits, chosen, places, none, bisected_thresholds) == by_sorting
+
+
 def test_a_nucleus_within_the_best_tokens_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     logits = torch.randn(12, 5000) * 3
     chosen = [params(seed=i, top_p=0.9, temperature=0.8, min_p=0.01 * (i % 2)) for i in range(12)]
     positions = list(range(12))
     short = sample(logits, chosen, positions, [()] * 12)
-    monkeypatch.setattr("loramux.server.engine.sampler._reaches", lambda logits, params, rows: [False] * len(rows))
+    monkeypatch.setattr(sampler, "TOP_K_WIDTH", 2)
     assert sample(logits, chosen, positions, [()] * 12) == short

@@ -2,98 +2,93 @@
 process without TRITON_INTERPRET, which would exclude compiling."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from loramux.kernels.lora.expand import expand_kernel
-from loramux.kernels.lora.launch import split_columns, variants
-from loramux.kernels.lora.shrink import shrink_kernel
-
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-FIXED_POINTERS = {
-    "offsets_ptr": "*i64",
-    "ranks_ptr": "*i32",
-    "scales_ptr": "*fp32",
-    "records_ptr": "*i32",
-    "entries_ptr": "*i32",
-    "tiles_ptr": "*i32",
-    "h_ptr": "*fp32",
-}
-STRIDES = {"in_features", "x_stride", "out_stride"}
-ALIGNED = {"x_ptr", "out_ptr", "arena_ptr", "records_ptr", "entries_ptr", "tiles_ptr", "h_ptr", "h_row_stride"}
+from loramux.kernels.lora.ahead import CAPABILITIES, Code, compile_expand, compile_scale, compile_shrink
+from loramux.kernels.lora.launch import VARIANTS, Entry, default_entries, dtype_name
+from loramux.kernels.lora.table import DTYPES, TABLES, load_table
 
 
-def machine_code(kernel, dtype, constants, config, capability: int, *, aligned: bool) -> str:
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = FIXED_POINTERS.get(name, POINTERS[dtype])
-        else:
-            signature[name] = "i32"
-    divisible = ALIGNED | STRIDES if aligned else ALIGNED
-    attributes = {
-        (position,): [["tt.divisibility", 16]] for position, name in enumerate(kernel.arg_names) if name in divisible
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["sass"]
-
-
-def check_code(code: str, dtype: torch.dtype) -> None:
-    assert "EXIT" in code
-    assert "STL" not in code, "registers spill to local memory"
-    assert "LDL" not in code, "registers spill to local memory"
-    assert ("HMMA" in code or "HGMMA" in code) == (dtype != torch.float32)
+def check_code(code: Code, dtype: torch.dtype, *, wide: bool = True) -> None:
+    assert "EXIT" in code.sass
+    assert not code.spills, "registers spill to local memory"
+    assert code.uses_matrix_units == (dtype != torch.float32)
+    assert code.has_wide_loads or not wide, "loads are narrower than 16 bytes"
 
 
 def grid(full: list[tuple[int, int]]) -> list[tuple[torch.dtype, int, int]]:
-    """All pairs for two dtypes; the first one for float16, whose code is bfloat16's but for the instructions' type."""
-    return [(dtype, *pair) for dtype in POINTERS for pair in (full[:1] if dtype == torch.float16 else full)]
+    """All pairs for bfloat16; the first for the others: float16's code is bfloat16's but for the instructions' type."""
+    return [(dtype, *pair) for dtype in DTYPES for pair in (full if dtype == torch.bfloat16 else full[:1])]
 
 
-@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
-@pytest.mark.parametrize("name", ["decode", "prefill"])
+def default(dtype: torch.dtype, variant: str) -> Entry:
+    return next(entry for entry in default_entries(dtype) if entry.variant == variant)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "in_features", "partials"), grid([(4096, True), (4096, False), (2049, True)]))
-def test_shrink(name: str, dtype: torch.dtype, capability: int, in_features: int, partials: bool) -> None:
-    config = getattr(variants(dtype), name).shrink
-    columns, splits = split_columns(in_features, config.block_k)
-    aligned = in_features % config.block_k == 0
-    constants = {
-        "SPLIT_K": columns,
-        "NUM_SPLITS": splits,
-        "PARTIALS": partials,
-        "EVEN_K": aligned,
-        "ALIGN": 16 // dtype.itemsize,
-        "BLOCK_M": config.block_m,
-        "BLOCK_R": config.block_r,
-        "BLOCK_K": config.block_k,
-    }
-    code = machine_code(shrink_kernel, dtype, constants, config, capability, aligned=aligned)
-    check_code(code, dtype)
-    if aligned:
-        assert re.search(r"LDG(STS)?\.E\S*\.128", code), "loads are narrower than 16 bytes"
+def test_shrink(variant: str, dtype: torch.dtype, capability: int, in_features: int, partials: bool) -> None:
+    code = compile_shrink(dtype, default(dtype, variant).shrink, in_features, capability, partials=partials)
+    check_code(code, dtype, wide=in_features == 4096)
 
 
-@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
-@pytest.mark.parametrize("name", ["decode", "prefill"])
-@pytest.mark.parametrize(("dtype", "out_align", "partials"), grid([(True, 8), (True, 1), (False, 8)]))
-def test_expand(name: str, dtype: torch.dtype, capability: int, out_align: bool, partials: int) -> None:
-    config = getattr(variants(dtype), name).expand
-    constants = {
-        "NUM_PARTIALS": partials,
-        "ALIGN": 16 // dtype.itemsize,
-        "OUT_ALIGN": 16 // dtype.itemsize if out_align else 1,
-        "BLOCK_M": config.block_m,
-        "BLOCK_R": config.block_r,
-        "BLOCK_N": config.block_n,
-    }
-    code = machine_code(expand_kernel, dtype, constants, config, capability, aligned=out_align)
-    check_code(code, dtype)
-    if out_align:
-        assert re.search(r"LDG(STS)?\.E\S*\.128", code), "loads are narrower than 16 bytes"
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "aligned", "partials"), grid([(True, 8), (True, 1), (False, 8)]))
+def test_expand(variant: str, dtype: torch.dtype, capability: int, aligned: bool, partials: int) -> None:
+    code = compile_expand(dtype, default(dtype, variant).expand, capability, aligned=aligned, partials=partials)
+    check_code(code, dtype, wide=aligned)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_padded_launches(capability: int) -> None:
+    dtype, entry = torch.bfloat16, default(torch.bfloat16, "decode")
+    check_code(compile_shrink(dtype, entry.shrink, 4096, capability, strided=True), dtype)
+    check_code(compile_expand(dtype, entry.expand, capability, strided=True), dtype)
+    check_code(compile_expand(dtype, entry.expand, capability, strided=True, scaled=True, gates=True), dtype)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_expand_with_gates_and_scales(variant: str, capability: int) -> None:
+    dtype = torch.bfloat16
+    check_code(compile_expand(dtype, default(dtype, variant).expand, capability, scaled=True, gates=True), dtype)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_input_scaling(variant: str, capability: int) -> None:
+    code = compile_scale(torch.bfloat16, default(torch.bfloat16, variant).shrink.block_m, capability)
+    assert not code.spills
+    assert code.has_wide_loads
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_dependent_expand_reads_nothing_of_the_shrink_before_it_waits(variant: str, capability: int) -> None:
+    dtype, entry = torch.bfloat16, default(torch.bfloat16, variant)
+    before = compile_shrink(dtype, entry.shrink, 4096, capability, dependents=True)
+    check_code(before, dtype)
+    assert before.ptx.count("griddepcontrol.launch_dependents") == 1
+    after = compile_expand(dtype, entry.expand, capability, dependent=True)
+    check_code(after, dtype)
+    early, waited, late = after.ptx.partition("griddepcontrol.wait")
+    assert waited
+    assert not re.search(r"cp\.async|(ld|st)\.global", early)
+    assert "ld.global" in late
+    assert "st.global" in late
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_table_entries(path: Path, capability: int) -> None:
+    """Every shipped entry; nothing to do while no table is shipped."""
+    dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
+    for entry in load_table(path).entries:
+        dtype = dtypes[entry.dtype]
+        check_code(compile_shrink(dtype, entry.shrink, 4096, capability), dtype)
+        check_code(compile_expand(dtype, entry.expand, capability), dtype)

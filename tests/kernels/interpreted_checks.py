@@ -6,11 +6,13 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from loramux.kernels.lora import ArenaFullError, Segment, make_backend
+from loramux.kernels.lora import ArenaFullError, Segment, launch, make_backend, triton_backend
 from loramux.kernels.lora import triton_plan as plans
-from loramux.kernels.lora.cases import Case, check, load, relative_error, single, small_cases
+from loramux.kernels.lora.cases import Case, check, load, relative_error, scaled_cases, single, small_cases
+from loramux.kernels.lora.interface import ModuleWeights, Site, SiteSlice
 from loramux.kernels.lora.reference import add_reference
 from loramux.kernels.lora.triton_backend import TritonLoraBackend
 
@@ -73,7 +75,7 @@ def test_partial_sums_and_whole_sums_agree_bit_for_bit() -> None:
         slots = [load(backend, adapter) for adapter in weights]
         plan = backend.plan(case.segments(slots), case.num_tokens)
         assert plan is not None
-        assert {launch.partials for launch in plan.launches} == {rows > 0}
+        assert {each.partials for each in plan.launches} == {rows > 0}
         generator = torch.Generator().manual_seed(5)
         out = torch.zeros(case.num_tokens, 26)
         backend.add(case.site, torch.randn(case.num_tokens, 1100, generator=generator), out, plan)
@@ -150,7 +152,7 @@ def test_base_steps_have_no_plan_and_no_launch() -> None:
     case = Case("nothing", 8, (8,), ((4,),), single(1))
     backend = backend_of(case)
     assert backend.plan([], 4) is None
-    assert plans.build([], lambda slot: 1, backend._variants, 4)[0] == []
+    assert plans.build([], lambda slot: 1, backend._tiles, 4)[0] == []
 
 
 def test_rank_work_is_not_padded_beyond_the_tile() -> None:
@@ -159,10 +161,10 @@ def test_rank_work_is_not_padded_beyond_the_tile() -> None:
     slots = [load(backend, adapter) for adapter in weights]
     plan = backend.plan(case.segments(slots), 2)
     assert plan is not None
-    (launch,) = plan.launches
-    tile = launch.variant.shrink.block_r
-    assert launch.shrink[1] - launch.shrink[0] == 1 + -(-40 // tile)
-    assert launch.expand[1] - launch.expand[0] == 2
+    (only,) = plan.launches
+    tile = backend._tiles[only.variant].block_r
+    assert only.shrink[1] == 1 + -(-40 // tile)
+    assert only.expand[1] == 2
 
 
 def test_a_full_step_fits_the_static_buffers() -> None:
@@ -183,3 +185,211 @@ def test_other_dtypes_are_refused() -> None:
             [case.site], dtype=torch.float64, device="cpu", budget_bytes=0, max_slots=1, max_tokens=1,
             implementation="triton",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", scaled_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize(("gated", "padded"), [(False, False), (True, False), (True, True)])
+def test_scale_vectors_and_gates(case: Case, gated: bool, padded: bool) -> None:
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights, gated=gated, padded=padded) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["sets", "mixed-lengths", "many-splits"])
+def test_gates_weigh_every_token(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights, gated=True) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_padded_plans_match_the_reference(case: Case) -> None:
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights, padded=True) <= TOLERANCE[torch.float32]
+
+
+def tokens_of(slots: list[int]) -> list[Segment]:
+    return [Segment(token, token + 1, ((slot, 1.0),)) for token, slot in enumerate(slots)]
+
+
+def launches_of(backend: TritonLoraBackend, plan, sites: list[Site], rows: int, monkeypatch) -> list[tuple]:
+    """Everything that the step's launches are given: grids, pointers, numbers and constants."""
+    seen: list[tuple] = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                plain = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args[1:])
+                seen.append((self.name, grid, plain, tuple(sorted(constants.items()))))
+
+            return launch
+
+    with monkeypatch.context() as patch:
+        for name in ("shrink_kernel", "expand_kernel", "scale_kernel"):
+            patch.setattr(triton_backend, name, Recorder(name))
+        for site in sites:
+            if plan.touches(site):
+                x = backend.scale_input(site, torch.zeros(rows, site.in_features), plan)
+                backend.add(site, x, torch.zeros(rows, site.out_features), plan)
+    return seen
+
+
+def graph_backend() -> tuple[TritonLoraBackend, list[int]]:
+    """Two sites for tokens and a head, with adapters of ranks 4 and 40, one at the head, one with an output scale."""
+    sites = [
+        Site(0, 24, (SiteSlice("q", 16), SiteSlice("k", 8))),
+        Site(1, 16, (SiteSlice("o", 24),)),
+        Site(2, 24, (SiteSlice("head", 32),), lane="rows"),
+    ]
+    backend = make_backend(
+        sites, dtype=torch.float32, device="cpu", budget_bytes=1 << 16, max_slots=8, max_tokens=1024,
+        max_set_rank=64, implementation="triton",
+    )  # fmt: skip
+    assert isinstance(backend, TritonLoraBackend)
+    shapes = {"q": (24, 16), "k": (24, 8), "o": (16, 24), "head": (24, 32)}
+
+    def pair(name: str, rank: int, scale: bool = False) -> ModuleWeights:
+        inputs, outputs = shapes[name]
+        return ModuleWeights(
+            torch.ones(rank, inputs), torch.ones(outputs, rank), 1.0, torch.ones(outputs) if scale else None
+        )
+
+    adapters = [
+        {"q": pair("q", 4)},
+        {"q": pair("q", 40), "k": pair("k", 40), "o": pair("o", 40)},
+        {"o": pair("o", 4), "head": pair("head", 4)},
+        {"o": pair("o", 4, scale=True)},
+    ]
+    return backend, [load(backend, adapter) for adapter in adapters]
+
+
+def test_equal_graph_keys_mean_equal_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, (small, large, head, scaled) = graph_backend()
+    sites, rows = list(backend.sites), 6
+    dummies = {}
+    for lane, mine in (("tokens", sites[:2]), ("rows", sites[2:])):
+        for plan in backend.capture_plans(rows, lane, scaled=True):
+            dummies[plan.graph_key] = launches_of(backend, plan, mine, rows, monkeypatch)
+    assert len(dummies) == 4
+    for slots in ([small], [large, small], [large] * 6, [head] * 6, [small, large, head, head, large, small]):
+        plan = backend.plan(tokens_of(slots), rows, padded=True)
+        assert plan is not None
+        assert launches_of(backend, plan, sites[:2], rows, monkeypatch) == dummies[plan.graph_key]
+        assert plan.touches(sites[2]) == (head in slots)
+    one = dummies[plan.graph_key]
+    plan = backend.plan(tokens_of([scaled, large]), rows, padded=True)
+    assert plan is not None
+    assert launches_of(backend, plan, sites[:2], rows, monkeypatch) == dummies[plan.graph_key] != one
+    plan = backend.plan(tokens_of([small, head]), rows, "rows", padded=True)
+    assert plan is not None
+    assert launches_of(backend, plan, sites[2:], rows, monkeypatch) == dummies[plan.graph_key]
+
+
+def test_steps_without_adapters_of_a_lane_have_no_padded_plan() -> None:
+    backend, (small, _, head, _) = graph_backend()
+    assert backend.plan([], 4, padded=True) is None
+    assert backend.plan(tokens_of([small]), 4, "rows", padded=True) is None
+    assert backend.plan(tokens_of([head]), 4, "rows", padded=True) is not None
+
+
+def test_long_steps_get_exact_plans_and_no_capture() -> None:
+    backend, (small, *_) = graph_backend()
+    limit = backend._partial_rows
+    assert backend.plan(tokens_of([small]), limit, padded=True).graph_key is not None
+    assert backend.plan(tokens_of([small]), limit + 1, padded=True).graph_key is None
+    assert list(backend.capture_plans(limit + 1)) == []
+    assert len(list(backend.capture_plans(limit))) == 1
+    with pytest.raises(ValueError, match="max_tokens 1024"):
+        list(backend.capture_plans(1025))
+
+
+def test_an_empty_padded_plan_writes_nothing() -> None:
+    backend, _ = graph_backend()
+    for plan in backend.capture_plans(5, scaled=True):
+        for site in backend.sites[:2]:
+            x, out = torch.full((5, site.in_features), torch.nan), torch.full((5, site.out_features), torch.nan)
+            backend.arena.memory.fill_(torch.nan)
+            x = backend.scale_input(site, x, plan)
+            backend.add(site, x, out, plan)
+            assert bool(out.isnan().all())
+
+
+def test_padded_and_exact_plans_agree_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("bits", 600, (40, 9), ((16, 5), (30, 0), (3, 3)), single(3, length=3))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    x, results = torch.randn(9, 600), []
+    for padded, programs in ((False, 2048), (True, 2048), (True, 1)):
+        monkeypatch.setattr(launch, "PADDED_PROGRAMS", programs)
+        plan = backend.plan(case.segments(slots), 9, padded=padded)
+        assert plan is not None
+        results.append(torch.zeros(9, 49))
+        backend.add(case.site, x, results[-1], plan)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_each_rank_block_of_a_short_segment_is_read_once() -> None:
+    case = Case("once", 64, (64,), ((40,), (16,)), ((16, ((0, 1.0),)), (3, ((1, 1.0), (0, 0.5)))))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    for padded in (False, True):
+        plan = backend.plan(case.segments(slots), 19, padded=padded)
+        assert plan is not None
+        (only,) = plan.launches
+        records = backend._lanes["tokens"].records.tensor[only.shrink[0] :]
+        read = records[1 : 1 + int(records[0, 0]), 2:4].tolist()
+        assert len(read) == len({tuple(pair) for pair in read}) == 3 + 1 + 3
+
+
+def test_begin_and_finish_belong_together() -> None:
+    backend, (small, large, *_) = graph_backend()
+    q, o = backend.sites[:2]
+    plan = backend.plan(tokens_of([small, large]), 2)
+    assert plan is not None
+    x, out, together = torch.randn(2, 24), torch.zeros(2, 24), torch.zeros(2, 24)
+    backend.begin(q, x, plan)
+    backend.finish(q, out, plan)
+    backend.add(q, x, together, plan)
+    assert torch.equal(out, together)
+    with pytest.raises(ValueError, match="without its begin"):
+        backend.finish(q, out, plan)
+    backend.begin(q, x, plan)
+    with pytest.raises(ValueError, match="without its begin"):
+        backend.finish(o, out, plan)
+
+
+@pytest.mark.parametrize("overlap", ["stream", "launch"])
+def test_overlap_needs_a_card(overlap) -> None:
+    with pytest.raises(ValueError, match="needs a CUDA card"):
+        make_backend(
+            [CASES[0].site], dtype=torch.float32, device="cpu", budget_bytes=0, max_slots=1, max_tokens=1,
+            implementation="triton", overlap=overlap,
+        )  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails at operations that would wait for a card's results."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
+        assert function.overloadpacket.__name__ not in waits, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_plan_and_add_do_not_wait_for_the_device() -> None:
+    case = scaled_cases()[2]
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    x, out, gates = torch.randn(case.num_tokens, 65), torch.zeros(case.num_tokens, 70), case.gates()
+    with NoWaiting():
+        for padded in (False, True):
+            plan = backend.plan(case.segments(slots), case.num_tokens, padded=padded)
+            assert plan is not None
+            x = backend.scale_input(case.site, x, plan, gates)
+            backend.add(case.site, x, out, plan, gates)

@@ -1,11 +1,14 @@
 """The arena's allocator: ranges never overlap, holes merge, first fit."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux.kernels.lora.arena import Arena, OffsetAllocator
+from loramux.kernels.lora.interface import ScaleName
 
 CAPACITY = 64
 
@@ -79,11 +82,33 @@ def test_blocks_are_views_at_their_offsets() -> None:
         assert block.A % 8 == block.B % 8 == 0
         A.fill_(module + 1)
         B.fill_(module + 1)
+    assert arena.scale_views(0, blocks[0]) == arena.scale_views(1, blocks[1]) == (None, None)
     arena.publish(1, blocks, {0: 0.5, 1: 2.0})
     for module, block in blocks.items():
         A, B = arena.views(module, block)
         assert bool((module + 1 == A).all())
         assert bool((module + 1 == B).all())
-        assert arena.offsets[1, module].tolist() == [block.A, block.B]
+        assert arena.offsets[1, module].tolist() == [block.A, block.B, -1, -1]
     assert arena.ranks[1].tolist() == [3, 2]
     assert arena.scales[1].tolist() == [0.5, 2.0]
+
+
+def test_scale_vectors_lie_beside_their_matrices_and_are_counted() -> None:
+    arena = Arena([(3, 5), (4, 2)], dtype=torch.bfloat16, device=torch.device("cpu"), budget_bytes=4096, slots=1)
+    scales: list[tuple[int, ScaleName]] = [(0, "out"), (1, "in")]
+    assert arena.bytes_needed({0: 3, 1: 0}, scales) == arena.bytes_needed({0: 3}) + 2 * 16
+    blocks = arena.allocate({0: 3, 1: 0}, scales)
+    assert blocks is not None
+    assert arena.bytes_used == arena.bytes_needed({0: 3, 1: 0}, scales)
+    (g, nothing), (neither, ell) = (arena.scale_views(module, block) for module, block in blocks.items())
+    assert nothing is neither is None
+    assert g is not None
+    assert ell is not None
+    assert (len(g), len(ell)) == (5, 4)
+    places = [arena.views(0, blocks[0]), (g, ell)]
+    spans = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for pair in places for part in pair)
+    assert all(before[1] <= after[0] and after[0] % 16 == 0 for before, after in itertools.pairwise(spans))
+    arena.publish(0, blocks, {0: 1.0, 1: 0.0})
+    assert arena.offsets[0, :, 2:].tolist() == [[blocks[0].out_scale, -1], [-1, blocks[1].in_scale]]
+    arena.release(blocks)
+    assert arena.bytes_used == 0

@@ -5,8 +5,18 @@ import threading
 import pytest
 import torch
 
-from loramux.kernels.lora import ArenaFullError, ModuleWeights, Segment, Site, SiteSlice, make_backend
-from loramux.kernels.lora.cases import Case, Weights, check, large_cases, load, relative_error, single, small_cases
+from loramux.kernels.lora import ArenaFullError, LaunchTable, ModuleWeights, Segment, Site, SiteSlice, make_backend
+from loramux.kernels.lora.cases import (
+    Case,
+    Weights,
+    check,
+    large_cases,
+    load,
+    relative_error,
+    scaled_cases,
+    single,
+    small_cases,
+)
 from loramux.kernels.lora.reference import add_reference
 from loramux.kernels.lora.torch_backend import TorchLoraBackend, _GroupStep
 from loramux.kernels.lora.torch_bank import bucket
@@ -54,6 +64,90 @@ def test_float64_is_exact_to_rounding() -> None:
     backend, weights = backend_of(case, torch.float64), case.weights(torch.float64)
     slots = [load(backend, adapter) for adapter in weights]
     assert check(backend, case, slots, weights) <= 1e-6  # s w is float32
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("case", scaled_cases(), ids=lambda case: case.name)
+def test_scale_vectors(case: Case, gated: bool, dtype: torch.dtype) -> None:
+    backend, weights = backend_of(case, dtype), case.weights(dtype)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights, gated=gated) <= TOLERANCE[dtype]
+    free = backend.bytes_used
+    for slot in slots:
+        backend.release(slot)
+    assert backend.bytes_used == 0 < free
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gates_weigh_every_token(case: Case) -> None:
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights, gated=True) <= TOLERANCE[torch.float32]
+
+
+def test_gates_that_do_not_fit_are_refused() -> None:
+    case = Case("gates", 8, (8,), ((2,), (2,)), ((2, ((0, 1.0), (1, 1.0))),))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    x, out = torch.ones(2, 8), torch.zeros(2, 8)
+    plan = backend.plan(case.segments(slots), 2)
+    assert plan is not None
+    for gates, message in [
+        (torch.ones(2, 2, dtype=torch.float64), "float32"),
+        (torch.ones(2, 2).T, "unit stride"),
+        (torch.ones(2, 1), "do not hold 2 tokens x 2"),
+        (torch.ones(1, 2), "do not hold 2 tokens x 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            backend.add(case.site, x, out, plan, gates)
+    twice = backend.plan([Segment(0, 2, ((slots[0], 1.0), (slots[0], 1.0)))], 2)
+    assert twice is not None
+    with pytest.raises(ValueError, match="each adapter once"):
+        backend.add(case.site, x, out, twice, torch.ones(2, 2))
+    assert not out.any()
+
+
+def test_scale_vectors_must_be_those_reserved() -> None:
+    backend = backend_of(Case("vectors", 8, (8, 4), ((4, 4),), single(1)))
+    A, B, g = torch.zeros(2, 8), torch.zeros(8, 2), torch.ones(8)
+    one = backend.bytes_needed({"module0": 2})
+    assert backend.bytes_needed({"module0": 2}, [("module0", "out")]) == one + 8 * 4
+    for ranks, scales, message in [
+        ({"module0": 0}, [], "below 1"),
+        ({"module0": -1}, [("module0", "out")], "below 0"),
+        ({"module0": 2}, [("module1", "out")], "needs a rank"),
+        ({"module0": 2}, [("module0", "in")], "shares its input"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            backend.reserve(ranks, scales)
+    slot = backend.reserve({"module0": 2}, [("module0", "out")])
+    for weights, message in [
+        (ModuleWeights(A, B, 1.0), r"out scale none, reserved \(8,\)"),
+        (ModuleWeights(A, B, 1.0, out_scale=g[:4]), r"out scale \(4,\), reserved \(8,\)"),
+        (ModuleWeights(A, B, 1.0, out_scale=g, in_scale=g), r"in scale \(8,\), reserved none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            backend.fill(slot, {"module0": weights})
+    backend.fill(slot, {"module0": ModuleWeights(A, B, 1.0, out_scale=g)})
+    assert backend.filled(slot)
+
+
+def test_plans_have_no_graph_keys() -> None:
+    case = Case("keys", 8, (8,), ((2,),), single(1))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    plan = backend.plan(case.segments([load(backend, weights[0])]), 1, padded=True)
+    assert plan is not None
+    assert plan.graph_key is None
+    assert list(backend.capture_plans(1)) == []
+
+
+@pytest.mark.parametrize("extra", [{"overlap": "stream"}, {"table": LaunchTable()}], ids=["overlap", "table"])
+def test_options_of_triton_are_refused(extra: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="triton implementation"):
+        make_backend(
+            [CASES[0].site], dtype=torch.float32, device="cpu", budget_bytes=0, max_slots=1, max_tokens=1, **extra
+        )
 
 
 def test_output_may_be_a_column_view() -> None:

@@ -1,0 +1,66 @@
+"""The engine on the Triton kernels, on the CPU through Triton's interpreter. Collected by `test_kernel_path.py`, which
+runs this file in a process of its own: the interpreter is chosen when triton is imported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.engines import drain, make_core, request, tokens_of
+from support.models import VOCAB, family_config, mixed_recipes, random_model, save_adapter, save_model, write_blob
+
+from loramux.server.engine.core import EngineCore
+from loramux.server.engine.graphs import DecodeGraphs
+from loramux.server.engine.kernel_attention import KernelAttention
+from loramux.server.engine.protocol import EngineRequest
+from loramux.server.engine.runner import Runner
+
+KERNELS = {"attention_implementation": "triton", "lora_implementation": "triton", "max_set_rank": 64}
+
+
+def with_graphs(core: EngineCore) -> EngineCore:
+    """The same core with decode steps over the static inputs of graphs, which a CPU computes op by op."""
+    path, size = core.runner.attention, core.config.block_size
+    graphs = DecodeGraphs(core.model, core.backend, path, max_rows=core.config.max_num_seqs, capture=False)
+    core.runner = Runner(core.model, core.backend, path, block_size=size, graphs=graphs)
+    return core
+
+
+def prepare(root: Path, family: str) -> tuple[Path, list[str]]:
+    model = random_model(family_config(family))
+    save_model(model, root / "base")
+    recipes = mixed_recipes(model)[:3]
+    return root, [write_blob(model, save_adapter(model, r, root / "adapters"), root / "blobs") for r in recipes]
+
+
+def workload(digests: list[str]) -> list[EngineRequest]:
+    generator = torch.Generator().manual_seed(5)
+    sets = [[], [(digests[0], 1.0)], [(digests[1], 0.5), (digests[2], 1.0)], [(digests[2], 1.0)]]
+    return [
+        request(str(i), torch.randint(3, VOCAB, (3 + 9 * (i % 3),), generator=generator).tolist(), 3, sets[i % 4],
+                ignore_eos=True)
+        for i in range(4)
+    ]  # fmt: skip
+
+
+def run(core: EngineCore, requests: list[EngineRequest]) -> dict[str, list[int]]:
+    for r in requests:
+        core.add(r)
+    found = {key: tokens_of(outputs) for key, outputs in drain(core).items()}
+    core.close()
+    return found
+
+
+def test_kernels_give_the_torch_paths_tokens(tmp_path: Path) -> None:
+    path, digests = prepare(tmp_path, "gpt_oss")
+    expected = run(make_core(path / "base", path / "blobs"), workload(digests))
+    core = make_core(path / "base", path / "blobs", max_batched_tokens=16, **KERNELS)
+    assert isinstance(core.runner.attention, KernelAttention)
+    assert run(core, workload(digests)) == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_padded_decode_steps_give_the_same_tokens(tmp_path: Path, family: str) -> None:
+    path, digests = prepare(tmp_path, family)
+    expected = run(make_core(path / "base", path / "blobs"), workload(digests))
+    core = make_core(path / "base", path / "blobs", overlap=True, max_num_seqs=8, **KERNELS)
+    assert run(with_graphs(core), workload(digests)) == expected
