@@ -53,7 +53,7 @@ PARTS = (
     ("_complete", "outputs"),
     ("step", "step"),
 )
-"""Methods under the core, outermost last, and the part of a step that each is; `sample` and `best` of the runner come on top."""
+"""Methods under the core, outermost last, and the part of a step that each is; the runner's `sample` and `best` too."""
 
 
 @dataclass(slots=True)
