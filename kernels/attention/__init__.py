@@ -1,6 +1,7 @@
 """Paged attention: KV write, prefill against a cached prefix, and decode, over blocks that the engine owns."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -27,13 +28,23 @@ def make_backend(
     block_size: int,
     limits: AttentionLimits,
     tiles_only: bool = False,
+    implementation: Literal["triton", "flashinfer"] = "triton",
 ) -> AttentionBackend:
     """The backend for a model whose layers have these shapes. Triton on a CPU runs only under its interpreter.
 
     `tiles_only` runs decodes through the prefill kernel, without splits: a token's result then has the same bits
     whether it is computed alone or with others of its sequence.
-    Raises ValueError for a dtype or device that is not served.
+    `implementation` flashinfer needs that library, and serves fewer shapes: see `flashinfer_backend`.
+    Raises ValueError for a dtype, device or shape that the implementation does not serve.
     """
+    if implementation == "flashinfer":
+        if tiles_only:
+            raise ValueError("flashinfer's results depend on the batch: use --attention-implementation triton")
+        from .flashinfer_backend import FlashInferAttentionBackend
+
+        return FlashInferAttentionBackend(
+            shapes, dtype=dtype, device=torch.device(device), block_size=block_size, limits=limits
+        )
     from .triton_backend import TritonAttentionBackend
 
     return TritonAttentionBackend(

@@ -13,8 +13,8 @@ from triton.runtime.jit import JITFunction
 
 from .decode import decode_kernel, reduce_kernel
 from .interface import AttentionBatch, AttentionLimits, AttentionPlan, AttentionShape
-from .kv_write import kv_write_kernel
-from .launch import MIN_SPLIT, SPLITS_AT_ONCE, ShapeConfig, exponents, shape_config, split_bound, write_block
+from .kv_launch import write_kv
+from .launch import MIN_SPLIT, SPLITS_AT_ONCE, ShapeConfig, exponents, shape_config, split_bound
 from .prefill import prefill_kernel
 from .triton_plan import Metadata, Tiling, TritonAttentionPlan
 
@@ -84,28 +84,7 @@ class TritonAttentionBackend:
         """k[slot of t] = key[t], v[slot of t] = value[t]; key and value [tokens, kv_heads, dim] of any strides."""
         current = self._current(plan)
         self._check(key, k, v, current)
-        key, value = _unit_stride(key), _unit_stride(value)
-        (_, kv_heads, k_dim), v_dim = key.shape, value.shape[2]
-        if (kv_heads, k_dim) != tuple(k.shape[2:]) or v_dim != v.shape[3]:
-            raise ValueError(f"keys {tuple(key.shape)} do not fit caches of {tuple(k.shape)} and {tuple(v.shape)}")
-        width = kv_heads * max(k_dim, v_dim)
-        block = write_block(width)
-        kv_write_kernel[(current.num_tokens, -(-width // block))](
-            k,
-            v,
-            key,
-            value,
-            self._metadata.slots,
-            key.stride(0),
-            key.stride(1),
-            value.stride(0),
-            value.stride(1),
-            KV_HEADS=kv_heads,
-            K_DIM=k_dim,
-            V_DIM=v_dim,
-            BLOCK=block,
-            num_warps=4,
-        )
+        write_kv(k, v, key, value, self._metadata.slots)
 
     def attend(
         self,

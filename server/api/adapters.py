@@ -101,7 +101,8 @@ async def create_adapter(request: Request, state: State) -> Response:
         await _repin(state, version)
     await state.count_store()
     status = 201 if result.created else 200
-    return Response(AdapterView(state).of(version).json_text(), status_code=status, media_type=JSON)
+    headers = await _learn(state, version)
+    return Response(AdapterView(state).of(version).json_text(), status_code=status, media_type=JSON, headers=headers)
 
 
 @router.get("/v1/adapters", response_model=AdapterList)
@@ -140,7 +141,8 @@ async def update_adapter(name: str, patch: AdapterPatch, state: State) -> Respon
         version = await state.in_store(state.store.update, name, **changes)
     if patch.pinned is not None:
         await _pin(state, version, patch.pinned)
-    return Response(AdapterView(state).of(version).json_text(), media_type=JSON)
+    headers = await _learn(state, version) if changes else {}
+    return Response(AdapterView(state).of(version).json_text(), media_type=JSON, headers=headers)
 
 
 @router.delete("/v1/adapters/{name}", response_model=AdapterDeleted)
@@ -148,6 +150,8 @@ async def delete_adapter(name: str, state: State) -> Response:
     """Deletes all versions. Running requests finish; then device and host memory are freed."""
     version = await state.in_store(state.store.get, name)
     unreferenced = await state.in_store(state.store.delete, name)
+    if state.router is not None:
+        await state.router.deleted(name)
     await _unpin(state, name)
     state.metrics.forget_adapter(name)
     for digest in unreferenced:
@@ -155,6 +159,14 @@ async def delete_adapter(name: str, state: State) -> Response:
     await state.count_store()
     gone = AdapterDeleted(id=version.id, object="adapter.deleted", name=name, deleted=True)
     return Response(gone.json_text(), media_type=JSON)
+
+
+async def _learn(state: ServerState, version: AdapterVersion) -> dict[str, str]:
+    """Tells the router. `x-loramux-router`: `ready` when the texts count, `pending` while they are being embedded."""
+    if state.router is None:
+        return {}
+    learned = await state.router.learn(version)
+    return {} if learned is None else {"x-loramux-router": "ready" if learned else "pending"}
 
 
 async def _pin(state: ServerState, version: AdapterVersion, pinned: bool) -> None:

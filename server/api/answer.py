@@ -45,6 +45,10 @@ class Answer(ABC):
     def usage_event(self) -> bytes:
         """The event without choices that carries the whole usage."""
 
+    def _at_end(self) -> dict[str, Any]:
+        """What a stream's last event says besides: the shadow's decision, which the first could not know."""
+        return {} if self.selection.shadow is None else {"loramux": self.selection.served_by}
+
     def _usage(self) -> dict[str, Any]:
         """The `usage` field of an event before the last: absent, null or the usage so far, as the client chose."""
         if self._usage_always:

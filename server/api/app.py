@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from loramux import __version__
-from loramux.server.api import adapters, chat, completions, errors, models, ops
+from loramux.server.api import adapters, chat, completions, errors, models, ops, routing
 from loramux.server.api.auth import ApiKeys, AuthMiddleware
 from loramux.server.api.middleware import BodyMiddleware, RequestMiddleware
 from loramux.server.api.state import ServerState
@@ -35,11 +35,14 @@ def create_app(state: ServerState) -> FastAPI:
         await state.count_store()
         await state.engine.start()
         events = asyncio.create_task(_take_events(state))
+        if state.router is not None:
+            state.router.start()
         try:
             yield
         finally:
             events.cancel()
             await state.stop(drain_seconds=0.0)
+            await state.stop_routing()
             state.close()
 
     app = FastAPI(
@@ -51,13 +54,15 @@ def create_app(state: ServerState) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.server = state
-    for module in (chat, completions, models, adapters, ops):
+    for module in (chat, completions, models, adapters, routing, ops):
         app.include_router(module.router)
     errors.install(app)
 
     def limit_of(path: str) -> int:
         if path == UPLOAD_PATH:
             return int(state.settings.adapter_max_bytes) + OVERHEAD_BYTES
+        if path == routing.SCORES_PATH:
+            return int(state.settings.router_scores_bytes)
         return int(state.settings.max_request_bytes)
 
     # the last one added is the outermost

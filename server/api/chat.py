@@ -9,7 +9,7 @@ from starlette.responses import Response
 from loramux.server.api.answer import Answer
 from loramux.server.api.context import arrival, request_id
 from loramux.server.api.generation import Delta, Generation, check_request, sampling_params
-from loramux.server.api.resolve import select
+from loramux.server.api.resolve import Query, select
 from loramux.server.api.schemas.chat import (
     AnswerMessage,
     ChatChoice,
@@ -18,6 +18,7 @@ from loramux.server.api.schemas.chat import (
     ChatCompletion,
     ChatRequest,
     TurnDelta,
+    query_of,
 )
 from loramux.server.api.state import State
 from loramux.server.api.streaming import event
@@ -30,8 +31,9 @@ async def create_chat_completion(request: Request, body: ChatRequest, state: Sta
     """Answers a conversation, in one piece or as a stream of server-sent events."""
     check_request(body, state.vocab_size)
     id = f"chatcmpl-{request_id(request)}"
+    query = Query(request_id(request), lambda: query_of(body.messages), body.router, body.cache_salt or "")
     async with AsyncExitStack() as resources:
-        selection = await resources.enter_async_context(select(state, body.model, body.adapters))
+        selection = await resources.enter_async_context(select(state, body.model, body.adapters, query))
         state.require_engine()
         prompt = await state.renderer.chat_tokens([message.for_template() for message in body.messages])
         wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -95,7 +97,7 @@ class ChatAnswer(Answer):
                 finish_reason=delta.finish_reason,
                 stop_reason=delta.stop_reason,
             )
-            chunks.append(self._chunk([end]))
+            chunks.append(self._chunk([end], **self._at_end()))
         return chunks
 
     def usage_event(self) -> bytes:

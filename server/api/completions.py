@@ -1,6 +1,7 @@
 """`POST /v1/completions`."""
 
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,7 +11,7 @@ from loramux.server.api.answer import Answer
 from loramux.server.api.context import arrival, request_id
 from loramux.server.api.errors import bad_request
 from loramux.server.api.generation import Delta, Generation, check_request, check_token_ids, sampling_params
-from loramux.server.api.resolve import select
+from loramux.server.api.resolve import Query, select
 from loramux.server.api.schemas.completions import Completion, CompletionChoice, CompletionRequest, Prompt
 from loramux.server.api.state import ServerState, State
 from loramux.server.api.streaming import event
@@ -18,6 +19,7 @@ from loramux.server.api.streaming import event
 router = APIRouter()
 
 DEFAULT_MAX_TOKENS = 16
+ROUTED_TOKENS = 2048  # of a prompt in token ids the router sees the end
 
 
 @router.post("/v1/completions", response_model=Completion)
@@ -25,8 +27,10 @@ async def create_completion(request: Request, body: CompletionRequest, state: St
     """Continues one prompt or several, each a choice, in one piece or as a stream of server-sent events."""
     check_request(body, state.vocab_size)
     id = f"cmpl-{request_id(request)}"
+    text = partial(_text, state, body.prompt[0]) if len(body.prompt) == 1 else None
+    query = Query(request_id(request), text, body.router, body.cache_salt or "")
     async with AsyncExitStack() as resources:
-        selection = await resources.enter_async_context(select(state, body.model, body.adapters))
+        selection = await resources.enter_async_context(select(state, body.model, body.adapters, query))
         state.require_engine()
         prompts = [await _tokens(state, prompt) for prompt in body.prompt]
         sampling = [
@@ -38,6 +42,15 @@ async def create_completion(request: Request, body: CompletionRequest, state: St
         )
         answer = TextAnswer(id, selection, body, generation)
         return await answer.respond(request, resources, stream=bool(body.stream))
+
+
+def _text(state: ServerState, prompt: Prompt) -> str:
+    """The prompt as text, for the router. Raises a 400 for ids that the model does not have."""
+    if isinstance(prompt, str):
+        return prompt
+    last = prompt[-ROUTED_TOKENS:]
+    check_token_ids(last, state.vocab_size, "prompt")
+    return state.renderer.decode(last)
 
 
 async def _tokens(state: ServerState, prompt: Prompt) -> list[int]:
@@ -105,7 +118,7 @@ class TextAnswer(Answer):
         choice = CompletionChoice(
             index=delta.index, text=delta.text, logprobs=None, finish_reason=delta.finish_reason, **ids, **end
         )
-        top = {} if self._opened else self._top()
+        top = self._top() if not self._opened else self._at_end() if delta.finish_reason is not None else {}
         self._opened |= {delta.index}
         return [self._chunk([choice], **top)]
 

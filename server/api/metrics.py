@@ -15,8 +15,10 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loramux.router.policy import Decision
 from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineStats
 
+ShadowResult = Literal["agree", "disagree", "failed", "dropped"]
 Status = Literal["stop", "length", "abort", "error", "rejected"]
 
 OTHER = "other"
@@ -35,6 +37,7 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 _LOAD = (
     .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30,
 )  # fmt: skip
+_ROUTING = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,26 @@ class Metrics:
         self._adapter_generated = Counter(
             "loramux_generation_tokens", "Generated tokens by adapter.", ("adapter",), registry=requests
         )
+        self._routed = Counter(
+            "loramux_router_decisions", "`auto` requests by what was chosen.", ("adapter",), registry=requests
+        )
+        self._rungs = Counter(
+            "loramux_router_rung", "`auto` requests by the rung that decided.", ("rung",), registry=requests
+        )
+        self._abstained = Counter(
+            "loramux_router_abstentions",
+            "`auto` requests that no candidate fitted.",
+            registry=requests,
+        )
+        self._routing = Histogram(
+            "loramux_router_seconds", "Deciding an `auto` request.", buckets=_ROUTING, registry=requests
+        )
+        self._shadow = Counter(
+            "loramux_router_shadow",
+            "Named requests by whether the router agrees.",
+            ("result",),
+            registry=requests,
+        )
 
     def finished(
         self, names: Iterable[str], status: Status, times: RequestTimes, *, prompt_tokens: int, generated_tokens: int
@@ -171,6 +194,19 @@ class Metrics:
                 self._adapter_prompt.labels(label).inc(prompt_tokens)
                 self._adapter_generated.labels(label).inc(generated_tokens)
 
+    def routed(self, decision: Decision, base_name: str) -> None:
+        """One `auto` request was decided; a set counts for each member, no member for the base."""
+        for name in [name for name, _ in decision.chosen] or [base_name]:
+            self._routed.labels(self._adapters.of(name)).inc()
+        self._rungs.labels(decision.rung).inc()
+        if decision.abstained:
+            self._abstained.inc()
+        self._routing.observe(decision.milliseconds / 1e3)
+
+    def shadowed(self, result: ShadowResult) -> None:
+        """One named request was compared with what the router would have done, or could not be."""
+        self._shadow.labels(result).inc()
+
     def take_events(self) -> None:
         """Moves what happened in the engine's steps into the histograms."""
         for event in self._engine.drain_events():
@@ -185,7 +221,7 @@ class Metrics:
             return
         for status in self._adapters.drop(name):
             self._requests.remove(name, status)
-        for series in (self._adapter_prompt, self._adapter_generated):
+        for series in (self._adapter_prompt, self._adapter_generated, self._routed):
             series.remove(name)
 
     def render(self, accept: str) -> tuple[bytes, str]:

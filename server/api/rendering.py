@@ -161,6 +161,11 @@ class Renderer:
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt's tokens, special ones left out."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
     def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
         """The way back, for an answer to `prompt`."""
         return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens)

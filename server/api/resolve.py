@@ -4,14 +4,19 @@ A name is resolved once, when the request arrives, to digests; these are held by
 uploaded, replaced or deleted meanwhile, the request is served by what it was resolved to.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import TracebackType
 
 from loramux.adapters_store.errors import AdapterNotFound
 from loramux.adapters_store.registry import AdapterVersion
+from loramux.router.options import RouterError
+from loramux.router.sets import quantise
+from loramux.server.api.auto.reports import options_of, refused, report_of
+from loramux.server.api.auto.shadow import ShadowTicket
 from loramux.server.api.errors import SERVER_ERROR, APIError, bad_request, model_not_found
-from loramux.server.api.schemas.common import AdapterWeight, ServedAdapter, ServedBy
+from loramux.server.api.schemas.common import AdapterWeight, RouterParams, RouterReport, ServedAdapter, ServedBy
 from loramux.server.api.state import ServerState
 from loramux.server.engine.protocol import AdapterRef
 
@@ -21,10 +26,15 @@ LEASE_ATTEMPTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What serves a request: `model` as the client wrote it, and the adapters with their weights (none: the base)."""
+    """What serves a request: `model` as the client wrote it, and the adapters with their weights (none: the base).
+
+    `report` is the router's decision where there was one, `shadow` the one that is being made for comparison.
+    """
 
     model: str
     adapters: tuple[tuple[AdapterVersion, float], ...]
+    report: RouterReport | None = None
+    shadow: ShadowTicket | None = None
 
     @property
     def refs(self) -> tuple[AdapterRef, ...]:
@@ -36,16 +46,23 @@ class Selection:
 
     @property
     def served_by(self) -> ServedBy:
-        """The body's `loramux` field."""
-        served = [ServedAdapter(name=v.name, version=v.version, weight=w) for v, w in self.adapters]
-        return ServedBy(adapters=served)
+        """The body's `loramux` field at this moment."""
+        served = ServedBy(adapters=[ServedAdapter(name=v.name, version=v.version, weight=w) for v, w in self.adapters])
+        if self.report is not None:
+            served.router = self.report
+        if self.shadow is not None:
+            served.router = RouterReport(shadow=self.shadow.report())
+        return served
 
     @property
     def headers(self) -> dict[str, str]:
-        """`x-loramux-adapters: name@version;w=1, ...`; nothing for the base alone."""
-        if not self.adapters:
-            return {}
-        return {"x-loramux-adapters": ", ".join(f"{v.name}@{v.version};w={w:g}" for v, w in self.adapters)}
+        """`x-loramux-adapters: name@version;w=1, ...` unless the base answers alone; `x-loramux-router-rung`."""
+        found = {}
+        if self.adapters:
+            found["x-loramux-adapters"] = ", ".join(f"{v.name}@{v.version};w={w:g}" for v, w in self.adapters)
+        if self.report is not None:
+            found["x-loramux-router-rung"] = str(self.report.rung)
+        return found
 
     def labels(self, base_name: str) -> list[str]:
         """Whom the request counts for in the metrics."""
@@ -85,6 +102,48 @@ def _release(state: ServerState, versions: Sequence[AdapterVersion]) -> None:
         state.store.release_lease(version.digest)
 
 
+class _Leases:
+    """The leases of one request, given back at its end whatever happened in between."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._used: list[AdapterVersion] = []
+        self.held: list[AdapterVersion] = []
+
+    async def __aenter__(self) -> "_Leases":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.give_back()
+
+    async def take(self, names: Sequence[str]) -> None:
+        """Leases what these names mean now. Raises what `_lease` raises."""
+        if not names:
+            return
+        await self._state.in_store(_lease_all, self._state, names, self.held)
+        for version in self.held:
+            self._state.use(version)
+            self._used.append(version)
+
+    async def try_take(self, names: Sequence[str]) -> str | None:
+        """`take`; returns the first name that cannot be had, None when all are."""
+        try:
+            await self.take(names)
+        except APIError:
+            return names[len(self.held)]
+        return None
+
+    def give_back(self) -> None:
+        """Ends the leases; there are none afterwards. Not waited for: it must happen even when cancelled."""
+        for version in self._used:
+            self._state.release(version)
+        if self.held:
+            self._state.store_threads.submit(_release, self._state, self.held)
+        self._used, self.held = [], []
+
+
 def _check_fusion(state: ServerState, model: str, adapters: Sequence[AdapterWeight]) -> None:
     """Raises a 400 naming the entry that is wrong."""
     base, limit = state.settings.base_name, state.settings.max_adapters_per_set
@@ -104,37 +163,110 @@ def _check_fusion(state: ServerState, model: str, adapters: Sequence[AdapterWeig
             raise bad_request(f"{name!r} is not an adapter.", f"adapters[{index}].name")
 
 
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What routing needs of a request: its id, its text, the client's options, and the salt of its caches.
+
+    `text` is called when it is needed, and is None where there is no single one (several prompts in one request).
+    """
+
+    id: str
+    text: Callable[[], str] | None
+    params: RouterParams | None
+    salt: str
+
+
 @asynccontextmanager
-async def select(state: ServerState, model: str, adapters: Sequence[AdapterWeight] | None) -> AsyncIterator[Selection]:
+async def select(
+    state: ServerState, model: str, adapters: Sequence[AdapterWeight] | None, query: Query
+) -> AsyncIterator[Selection]:
     """What serves the request, leased for the length of the context.
 
-    Raises 404 `model_not_found` for a name that does not exist (also one in `adapters`) and 400 for `auto` and for
-    fusions that make no sense.
+    Raises 404 `model_not_found` for a name that does not exist (also one in `adapters`), 400 for fusions that make no
+    sense, for `router` options that cannot be followed or go with a named model, and for `auto` where nothing routes.
     """
-    if model == AUTO:
-        raise bad_request("No routing policy is configured: name a model or an adapter.", "model", "no_policy")
     if adapters:
         _check_fusion(state, model, adapters)
-    names = [entry.name for entry in adapters] if adapters else [] if model == state.settings.base_name else [model]
-    if not names:
-        yield Selection(model, ())
+    if model == AUTO:
+        async with _routed(state, query) as selection:
+            yield selection
         return
-    held: list[AdapterVersion] = []
-    used: list[AdapterVersion] = []
-    try:
-        await state.in_store(_lease_all, state, names, held)
-        for version in held:
-            state.use(version)
-            used.append(version)
-        rank, limit = sum(version.rank for version in held), state.settings.max_set_rank
+    if query.params is not None and state.shadow is None:
+        raise bad_request(
+            f"`router` goes with model {AUTO!r} (or with --router-shadow): leave it out, or send that model.", "router"
+        )
+    names = [entry.name for entry in adapters] if adapters else [] if model == state.settings.base_name else [model]
+    async with _Leases(state) as leases:
+        await leases.take(names)
+        rank, limit = sum(version.rank for version in leases.held), state.settings.max_set_rank
         if rank > limit:
             raise bad_request(
                 f"The ranks of this request's adapters add up to {rank}; this server computes at most {limit} "
                 "(--max-set-rank).", "adapters" if adapters else "model", "limit_exceeded",
             )  # fmt: skip
-        weights = [1.0 if e.weight is None else e.weight for e in adapters] if adapters else [1.0]
-        yield Selection(model, tuple(zip(held, weights, strict=True)))
-    finally:
-        for version in used:
-            state.release(version)
-        state.store_threads.submit(_release, state, held)  # not awaited: it must happen even when cancelled
+        weights = [1.0 if e.weight is None else e.weight for e in adapters] if adapters else [1.0] * len(names)
+        shadow = None
+        if state.shadow is not None and query.text is not None:
+            actual = frozenset(version.name for version in leases.held)
+            shadow = state.shadow.offer(query.text(), options_of(query.params), query.salt, actual)
+        _remember(state, query, leases.held)
+        yield Selection(model, tuple(zip(leases.held, weights, strict=True)), shadow=shadow)
+
+
+@asynccontextmanager
+async def _routed(state: ServerState, query: Query) -> AsyncIterator[Selection]:
+    """What the router chooses, leased. An adapter that is gone before it is leased is left out of another choice."""
+    router = state.require_router()
+    if query.text is None:
+        raise bad_request(f"Model {AUTO!r} routes one prompt per request: send a request for each.", "prompt")
+    explain = query.params is not None and bool(query.params.explain)
+    options, text = options_of(query.params), query.text()
+    gone: set[str] = set()
+    milliseconds = 0.0
+    async with _Leases(state) as leases:
+        for _ in range(LEASE_ATTEMPTS):
+            try:
+                decision = await router.decide(text, options, salt=query.salt, without=gone)
+            except RouterError as error:
+                raise refused(error) from None
+            milliseconds += decision.milliseconds
+            decision = replace(decision, milliseconds=milliseconds)
+            missing = await leases.try_take([name for name, _ in decision.chosen])
+            members = _within_rank(leases.held, decision.chosen, state.settings.max_set_rank)
+            if missing is None and (members or not decision.chosen):
+                break
+            gone.add(missing or decision.chosen[0][0])
+            if missing is not None:
+                await router.recheck(missing)
+            leases.give_back()
+        else:
+            members = ()
+            note = f"the adapters that were chosen cannot be served ({', '.join(sorted(gone))}); {decision.reason}"
+            decision = replace(decision, chosen=(), reason=note)
+        if len(members) != len(decision.chosen):
+            note = f"{decision.reason}; the lightest members left out for --max-set-rank {state.settings.max_set_rank}"
+            decision = replace(decision, chosen=tuple((v.name, w) for v, w in members), reason=note)
+        state.metrics.routed(decision, state.settings.base_name)
+        _remember(state, query, [version for version, _ in members])
+        yield Selection(AUTO, members, report=report_of(decision, explain=explain))
+
+
+def _remember(state: ServerState, query: Query, served: Sequence[AdapterVersion]) -> None:
+    """Keeps what is needed for feedback that names the request."""
+    if state.router is not None and query.text is not None:
+        state.router.remember(query.id, query.text(), [version.name for version in served])
+
+
+def _within_rank(
+    held: Sequence[AdapterVersion], chosen: Sequence[tuple[str, float]], limit: int
+) -> tuple[tuple[AdapterVersion, float], ...]:
+    """The heaviest members whose ranks add up to `limit` at most, weights in proportion; () if the first exceeds it."""
+    kept: list[tuple[AdapterVersion, float]] = []
+    for version, (_, weight) in zip(held, chosen, strict=False):
+        if sum(member.rank for member, _ in kept) + version.rank > limit:
+            break
+        kept.append((version, weight))
+    if not kept or len(kept) == len(chosen):
+        return tuple(kept)
+    weights = quantise([weight for _, weight in kept])
+    return tuple((version, w) for (version, _), w in zip(kept, weights, strict=True) if w > 0)

@@ -22,6 +22,8 @@ from loramux.adapters_store.errors import AdapterError, StoreUnavailableError
 from loramux.adapters_store.limits import StoreLimits
 from loramux.adapters_store.store import AdapterStore
 from loramux.server.api.app import create_app
+from loramux.server.api.auto.ledger import LedgerError
+from loramux.server.api.auto.parts import RouterSetupError, prepare
 from loramux.server.api.rendering import Renderer, TokenizerError
 from loramux.server.api.state import ServerState
 from loramux.server.demo.assets import DemoAdapter, demo_adapters, demo_base_path
@@ -92,7 +94,8 @@ def assemble(settings: Settings) -> Parts:
     try:
         spec = base_spec_from_config(load_config(path), name=settings.base_name)
         renderer = Renderer.load(path, chat_template=settings.chat_template)
-    except (UnsupportedModelError, TokenizerError) as error:
+        routing = prepare(settings, path, spec.num_layers)
+    except (UnsupportedModelError, TokenizerError, RouterSetupError) as error:
         raise ServeError(str(error)) from error
     except Exception as error:  # transformers and its configurations raise whatever a damaged file leads them to
         raise ServeError(f"--model {path}: cannot be read ({type(error).__name__}: {error})") from error
@@ -104,14 +107,18 @@ def assemble(settings: Settings) -> Parts:
         register(store, demo)
     except (AdapterError, StoreUnavailableError, sqlite3.Error, OSError) as error:
         raise ServeError(f"--store-dir {settings.store_dir}: {error}") from error
-    state = ServerState.make(
-        settings,
-        ProcessEngineClient(settings.to_engine_config(str(path), str(store.blob_dir))),
-        store,
-        renderer,
-        vocab_size=spec.vocab_size,
-        model_created=int((path / "config.json").stat().st_mtime),
-    )
+    try:
+        state = ServerState.make(
+            settings,
+            ProcessEngineClient(settings.to_engine_config(str(path), str(store.blob_dir))),
+            store,
+            renderer,
+            routing=routing,
+            vocab_size=spec.vocab_size,
+            model_created=int((path / "config.json").stat().st_mtime),
+        )
+    except LedgerError as error:
+        raise ServeError(f"--store-dir {settings.store_dir}: the router's {error}") from error
     return Parts(state, demo)
 
 

@@ -14,7 +14,10 @@ from fastapi import Depends, Request
 
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.adapters_store.store import AdapterStore
-from loramux.server.api.errors import unavailable
+from loramux.server.api.auto.parts import RouterParts
+from loramux.server.api.auto.service import RouterService
+from loramux.server.api.auto.shadow import Shadow
+from loramux.server.api.errors import bad_request, unavailable
 from loramux.server.api.metrics import Metrics, StoreCounts
 from loramux.server.api.rendering import Renderer
 from loramux.server.engine.protocol import EngineClient, EngineError, EngineInfo
@@ -88,7 +91,9 @@ class ServerState:
     """The parts of a running server.
 
     `vocab_size` is the number of token ids the model knows, `model_created` the unix time that the base reports as
-    its creation. `pinned` maps names of adapters whose newest version stays on the device to the digest pinned now.
+    its creation. `router` serves `auto`, None where routing is off; `shadow` compares it with requests that name their
+    model, if asked to. `pinned` maps names of adapters whose newest version stays on the device to the digest pinned
+    now.
     """
 
     settings: Settings
@@ -97,6 +102,8 @@ class ServerState:
     renderer: Renderer
     metrics: Metrics
     names: AdapterNames
+    router: RouterService | None
+    shadow: Shadow | None
     vocab_size: int
     model_created: int
     store_threads: ThreadPoolExecutor
@@ -116,14 +123,16 @@ class ServerState:
         store: AdapterStore,
         renderer: Renderer,
         *,
+        routing: RouterParts | None,
         vocab_size: int,
         model_created: int,
     ) -> "ServerState":
-        """The state of one application."""
+        """The state of one application; no `routing` is a server without `auto`."""
         names = AdapterNames()
         metrics = Metrics(
             engine, model_name=settings.base_name, max_adapters=settings.metrics_max_adapters, name_of=names.of
         )
+        router = None if routing is None else RouterService(routing, settings, engine, renderer, store)
         return cls(
             settings=settings,
             engine=engine,
@@ -131,6 +140,8 @@ class ServerState:
             renderer=renderer,
             metrics=metrics,
             names=names,
+            router=router,
+            shadow=Shadow(router, metrics) if router is not None and settings.router_shadow else None,
             vocab_size=vocab_size,
             model_created=model_created,
             store_threads=ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store"),
@@ -152,6 +163,15 @@ class ServerState:
             "dead": "The engine is not running; it is being restarted.",
         }
         raise unavailable(words[state], code=f"engine_{state}", retry_after=START_RETRY_SECONDS)
+
+    def require_router(self) -> RouterService:
+        """The router. Raises a 400 `no_policy` where routing is switched off."""
+        if self.router is None:
+            raise bad_request(
+                "Routing is switched off on this server (--router off): name a model or an adapter.", "model",
+                "no_policy",
+            )  # fmt: skip
+        return self.router
 
     def use(self, version: AdapterVersion) -> None:
         """A request is about to bring this content to the engine."""
@@ -185,6 +205,13 @@ class ServerState:
     async def count_store(self) -> None:
         """Refreshes what the metrics say of the store."""
         self.metrics.store = await self.in_store(_blobs_on_disk, self.store)
+
+    async def stop_routing(self) -> None:
+        """Ends the router's work; nothing is routed afterwards."""
+        if self.shadow is not None:
+            await self.shadow.stop()
+        if self.router is not None:
+            await self.router.stop()
 
     async def stop(self, *, drain_seconds: float) -> None:
         """Stops the engine, giving running requests that long. A second call waits for the first."""

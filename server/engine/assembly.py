@@ -118,9 +118,11 @@ def _attention_kernels(
             block_size=config.block_size,
             limits=attention_kernels.AttentionLimits(config.max_batched_tokens, config.max_num_seqs, tables),
             tiles_only=config.deterministic,
+            implementation=implementation,
         )
     except ValueError as error:
-        raise UnsupportedModelError(f"{error}; use --attention-implementation torch") from error
+        remedy = "" if implementation == "flashinfer" else "; use --attention-implementation torch"
+        raise UnsupportedModelError(f"{error}{remedy}") from error
 
 
 def _attention_path(

@@ -15,8 +15,9 @@ class EngineConfig:
     work with the device's work on the step before) are optimisations with plain twins; the output does not depend on
     them. `compile_layers` fuses the model's small operations by torch.compile, which rounds otherwise here and there.
     None switches graphs and overlap on where there is a card. `lora_implementation` and `attention_implementation` are
-    torch, triton or None (by device). `lora_overlap` hides the adapters' first product on a card: on a side stream
-    beside the base's product, or by launching the second one early (compute capability 9.0 on).
+    torch, triton or None (by device); attention may be flashinfer, too, which is a package of its own. `lora_overlap`
+    hides the adapters' first product on a card: on a side stream beside the base's product, or by launching the second
+    one early (compute capability 9.0 on).
     `gpu_memory_utilization` is the share of a card's memory that the engine may fill.
     """
 
@@ -41,7 +42,7 @@ class EngineConfig:
     threads: int | None = None
     lora_implementation: Literal["torch", "triton"] | None = None
     lora_overlap: Literal["none", "stream", "launch"] = "none"
-    attention_implementation: Literal["torch", "triton"] | None = None
+    attention_implementation: Literal["torch", "triton", "flashinfer"] | None = None
     cuda_graphs: bool | None = None
     overlap: bool | None = None
     gpu_memory_utilization: float = 0.9
@@ -68,9 +69,12 @@ class EngineConfig:
                 f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_num_seqs ({self.max_num_seqs}): "
                 "every running sequence needs one token per step"
             )
-        for name in ("lora_implementation", "attention_implementation"):
-            if getattr(self, name) not in (None, "torch", "triton"):
-                raise ValueError(f"{name} must be torch or triton, got {getattr(self, name)!r}")
+        if self.lora_implementation not in (None, "torch", "triton"):
+            raise ValueError(f"lora_implementation must be torch or triton, got {self.lora_implementation!r}")
+        if self.attention_implementation not in (None, "torch", "triton", "flashinfer"):
+            raise ValueError(
+                f"attention_implementation must be torch, triton or flashinfer, got {self.attention_implementation!r}"
+            )
         if self.lora_overlap not in ("none", "stream", "launch"):
             raise ValueError(f"lora_overlap must be none, stream or launch, got {self.lora_overlap!r}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -18,7 +18,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from loramux.adapters_store.base_spec import BaseSpec, LinearSpec
 from loramux.adapters_store.limits import StoreLimits
 from loramux.adapters_store.store import AdapterStore
+from loramux.router.encoders.ngram import NgramEncoder
 from loramux.server.api.app import create_app
+from loramux.server.api.auto.parts import RouterParts
 from loramux.server.api.rendering import Renderer, SamplingDefaults
 from loramux.server.api.state import ServerState
 from loramux.server.engine.protocol import (
@@ -36,6 +38,7 @@ MARKS = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 VOCAB = 264
 BASE = "tiny/base"
 WIDTH = 8
+STATES = 64
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
 TEMPLATE = (
     "<|begin|>{% for m in messages %}"
@@ -82,6 +85,9 @@ class FakeEngine:
         self.events: list[StepEvent] = []
         self.script: Script = saying("hello")
         self.requests: list[EngineRequest] = []
+        self.probes: list[EngineRequest] = []
+        self.probe_gate: asyncio.Event | None = None
+        self.probe_error: Exception | None = None
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.forgotten: list[str] = []
@@ -104,7 +110,7 @@ class FakeEngine:
     async def start(self) -> None:
         self.state = self.start_state
         if self.state == "ready":
-            self.info_value = EngineInfo(256, 8, 16, 64, "float32", "cpu", (END,), 1 << 20, 1 << 20, 4, 64, 1)
+            self.info_value = EngineInfo(256, 8, 16, 64, "float32", "cpu", (END,), 1 << 20, 1 << 20, 4, STATES, 1)
 
     async def wait_ready(self, timeout: float | None = None) -> None:
         return
@@ -116,6 +122,9 @@ class FakeEngine:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         if self.state != "ready":
             raise EngineDeadError(f"the engine is {self.state}")
+        if request.pooling is not None:
+            yield await self._pool(request)
+            return
         self.requests.append(request)
         self.running.add(request.request_id)
         left = request.sampling.max_tokens
@@ -145,6 +154,17 @@ class FakeEngine:
             self.running.discard(request.request_id)
             if not finished:
                 self.aborted.append(request.request_id)
+
+    async def _pool(self, request: EngineRequest) -> EngineOutput:
+        """A histogram of the prompt's tokens, once the gate is open: alike texts have alike states."""
+        self.probes.append(request)
+        if self.probe_gate is not None:
+            await self.probe_gate.wait()
+        if self.probe_error is not None:
+            raise self.probe_error
+        counts = np.bincount(np.asarray(request.prompt_token_ids) % STATES, minlength=STATES)
+        means = (counts / len(request.prompt_token_ids)).astype(np.float32)
+        return EngineOutput(request.request_id, (), "stop", embedding=means.tobytes())
 
     def _output(self, request: EngineRequest, tokens: list[int], left: int) -> EngineOutput:
         sampling = request.sampling
@@ -233,14 +253,23 @@ class Bench:
 
 
 def make_bench(
-    root: Path, *, template: str | None = TEMPLATE, defaults: SamplingDefaults | None = None, **settings: Any
+    root: Path,
+    *,
+    template: str | None = TEMPLATE,
+    defaults: SamplingDefaults | None = None,
+    base_examples: Sequence[str] = (),
+    **settings: Any,
 ) -> Bench:
     """A server's parts over a store in `root`."""
     chosen = Settings(**{"model": None, "served_model_name": BASE, "store_dir": root, **settings})
     store = AdapterStore(root / "store", base_spec(), StoreLimits(min_free_bytes=0))
     engine = FakeEngine()
     renderer = Renderer(byte_tokenizer(), chat_template=template, defaults=defaults)
-    state = ServerState.make(chosen, engine, store, renderer, vocab_size=VOCAB, model_created=1_700_000_000)
+    parts = RouterParts(True, "tiny", None, 64, NgramEncoder(64), tuple(base_examples))
+    state = ServerState.make(
+        chosen, engine, store, renderer, routing=parts if chosen.router == "on" else None, vocab_size=VOCAB,
+        model_created=1_700_000_000,
+    )  # fmt: skip
     return Bench(engine, store, state, create_app(state))
 
 

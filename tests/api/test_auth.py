@@ -17,6 +17,11 @@ PROTECTED = {
     "/v1/models/{id:path}",
     "/v1/adapters",
     "/v1/adapters/{name}",
+    "/v1/route",
+    "/v1/router",
+    "/v1/router/scores",
+    "/v1/router/train",
+    "/v1/feedback",
     "/openapi.json",
 }
 

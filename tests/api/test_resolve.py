@@ -1,6 +1,7 @@
 """Which weights answer: names, versions, fusion, and leases for the length of a request."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,7 +44,10 @@ async def test_unknown_names(bench: Bench, model: str) -> None:
     assert not bench.engine.requests
 
 
-async def test_auto_needs_a_policy(bench: Bench) -> None:
+async def test_auto_needs_a_router(make: Callable[..., Any]) -> None:
+    bench = await make(router="off")
+    bench.put("skill")
+    assert (await bench.chat(model="skill")).status_code == 200
     response = await bench.chat(model="auto")
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "no_policy"

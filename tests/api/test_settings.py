@@ -41,6 +41,9 @@ SAMPLES = {
     "overlap": ("on", "on"), "compile_layers": ("1", True), "deterministic": ("1", True),
     "lora_overlap": ("stream", "stream"), "gpu_memory_utilization": ("0.5", 0.5),
     "store_dir": ("/tmp/x", Path("/tmp/x")), "adapter_max_bytes": ("1GiB", 1 << 30), "max_adapters": ("5", 5),
+    "router": ("off", "off"), "router_encoder": ("ngram", "ngram"), "router_layer": ("3", 3),
+    "router_max_tokens": ("64", 64), "router_base_examples": None, "router_shadow": ("1", True),
+    "router_scores_bytes": ("2MiB", 2 << 20),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -76,6 +77,11 @@ class Message(RequestModel):
         if self.name is not None:
             turn["name"] = self.name
         return turn
+
+
+def query_of(messages: Sequence[Message]) -> str:
+    """What is routed of a conversation: the last user turn, or the last turn where no user spoke."""
+    return next((m for m in reversed(messages) if m.role == "user"), messages[-1]).text()
 
 
 class ChatRequest(GenerationRequest):

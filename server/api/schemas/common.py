@@ -7,7 +7,7 @@ parameter is never silently ignored. `null` always means "not given".
 
 import json
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -18,6 +18,7 @@ MAX_STOP_CHARS = 512
 MAX_STOP_TOKEN_IDS = 128
 MAX_WEIGHT = 1000.0
 MAX_PARTS = 1024
+MAX_CANDIDATES = 10_000
 MAX_UNKNOWN_NULLS = 64
 MAX_SHOWN_NAME = 80
 
@@ -81,6 +82,21 @@ class AdapterWeight(RequestModel):
     weight: float | None = Field(None, ge=-MAX_WEIGHT, le=MAX_WEIGHT)
 
 
+class RouterParams(RequestModel):
+    """How `model: "auto"` chooses; what each option means is `router.options.RouteOptions`, which checks the values.
+
+    `explain` adds the candidates' scores and the reason to the answer.
+    """
+
+    policy: Text | None = Field(None, max_length=32)
+    top_k: int | None = None
+    top_p: float | None = None
+    threshold: float | None = None
+    candidates: list[Annotated[Text, Field(max_length=128)]] | None = Field(None, max_length=MAX_CANDIDATES)
+    temperature: float | None = None
+    explain: Flag
+
+
 class Bookkeeping(RequestModel):
     """Accepted and ignored: none of these can change an answer."""
 
@@ -122,11 +138,13 @@ class GenerationRequest(Bookkeeping, Unsupported):
     """What chat and text completions have in common.
 
     `temperature`, `top_p` and `top_k` default to the model's own generation settings. `top_k` -1 and 0 both mean
-    "all tokens". `adapters` fuses several adapters over the base and goes with the base's name in `model`.
+    "all tokens". `adapters` fuses several adapters over the base and goes with the base's name in `model`, `router`
+    goes with `auto`.
     """
 
     model: Text = Field(min_length=1, max_length=512)
     adapters: list[AdapterWeight] | None = Field(None, max_length=64)
+    router: RouterParams | None = None
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -199,7 +217,52 @@ class ServedAdapter(ResponseModel):
     weight: float
 
 
+class Chosen(ResponseModel):
+    """One member of the set that the router chose."""
+
+    name: str
+    weight: float
+
+
+class CandidateScore(ResponseModel):
+    """How a candidate scored, in the units of the rung that decided."""
+
+    name: str
+    score: float
+
+
+class ShadowReport(ResponseModel):
+    """What the router would have chosen for a request that named its model.
+
+    `pending` while the decision is not there when the answer is, `dropped` when too many others were waiting, `failed`
+    when there was none to be had; only `decided` has the other fields.
+    """
+
+    status: Literal["decided", "pending", "dropped", "failed"]
+    agrees: bool | None = None
+    chosen: list[Chosen] | None = None
+    rung: str | None = None
+    milliseconds: float | None = None
+
+
+class RouterReport(ResponseModel):
+    """What the router decided, and why. `scores` and `reason` come with `explain`, `shadow` with a named model.
+
+    No `chosen` adapter is the base; `abstained` says that candidates were scored and none reached the `threshold`.
+    """
+
+    chosen: list[Chosen] | None = None
+    rung: str | None = None
+    threshold: float | None = None
+    abstained: bool | None = None
+    milliseconds: float | None = None
+    scores: list[CandidateScore] | None = None
+    reason: str | None = None
+    shadow: ShadowReport | None = None
+
+
 class ServedBy(ResponseModel):
     """What answered: no adapters means the base alone."""
 
     adapters: list[ServedAdapter]
+    router: RouterReport | None = None

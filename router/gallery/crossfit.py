@@ -1,0 +1,102 @@
+"""What the gallery learns from its examples: the metric, and how examples score that took no part in the scoring."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loramux.router.gallery.centroids import cluster_means, number_of_centroids, spherical_kmeans, unit_rows
+from loramux.router.gallery.metric import Metric, fit_metric
+from loramux.router.interface import Floats
+
+FOLDS = 8
+BASE_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Bounds on centroids: `most` of an adapter, `most_base` of the base, which stands for many kinds of query."""
+
+    dim: int
+    most: int
+    most_base: int
+
+
+def evidence(best: Floats, base: Floats | None) -> Floats:
+    """best - base / 2: what speaks for an adapter, less half of what speaks for the base (nothing where it is unknown).
+
+    Half, because a near miss is close to both; the whole would measure nothing but the boundary between the two.
+    """
+    return best if base is None else best - np.float32(BASE_SHARE) * base
+
+
+def centroids(rows: Floats, metric: Metric, most: int) -> Floats:
+    """Up to `most` centroids, float32 [k, dim], of embeddings [n >= 1, dim]: one for every four rows.
+
+    Clusters are those of spherical k-means under the metric; a centroid is mu' + the mean of (x - mu') / |x - mu'|_M
+    over its rows, so that every example counts the same.
+    """
+    clusters = spherical_kmeans(unit_rows(metric.whiten(rows)), number_of_centroids(len(rows), most))
+    centred, lengths = rows - metric.mean, metric.norms(rows)[:, None]
+    means = cluster_means(np.asarray(centred / np.where(lengths > 0, lengths, 1), dtype=np.float32), clusters)
+    return np.asarray(metric.mean + means, dtype=np.float32)
+
+
+def nearest_threshold(base: float) -> float:
+    """The evidence of an adapter that is exactly as near as the base: best = base."""
+    return base - BASE_SHARE * base
+
+
+def base_centroids(base: Floats, metric: Metric, shape: Shape) -> Floats:
+    """The base's centroids, float32 [k, dim], k = 0 where it has no examples."""
+    return centroids(base, metric, shape.most_base) if len(base) else base
+
+
+def fit(groups: Sequence[Floats], base: Floats, shape: Shape) -> Metric:
+    """The metric of adapters' examples [n_i, dim] and the base's [n, dim], the base being one group of its own."""
+    return fit_metric([*groups, base], shape.dim)
+
+
+def cosines(metric: Metric, queries: Floats, rows: Floats) -> Floats:
+    """cos_M of every query with every row: float32 [queries, rows]."""
+    weighed = metric.weigh(queries)
+    lengths = metric.norms(queries)[:, None] * metric.norms(rows)
+    return np.asarray((weighed @ (rows - metric.mean).T) / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+
+
+def cross_scores(groups: Sequence[Floats], base: Floats, shape: Shape) -> tuple[Floats, Floats]:
+    """Cross-conformal evidence: (of adapters' examples for their own adapter, of the base's for the likeliest adapter).
+
+    In fold f of F, the examples whose position within their adapter is f modulo F are held out of everything: metric,
+    centroids, base. Adapters of one example give no score. Vovk 2015, "Cross-conformal predictors".
+    """
+    folds = min(FOLDS, max((len(g) for g in [*groups, base]), default=0))
+    own: list[Floats] = []
+    negative: list[Floats] = []
+    for fold in range(folds):
+        kept = [_without(g, fold, folds) for g in groups]
+        kept_base = _without(base, fold, folds)
+        metric = fit(kept, kept_base, shape)
+        rows = [centroids(g, metric, shape.most) for g in kept]
+        base_rows = base_centroids(kept_base, metric, shape)
+        own += [_scores(metric, _only(g, fold, folds), r, base_rows) for g, r in zip(groups, rows, strict=True)]
+        if rows:
+            negative.append(_scores(metric, _only(base, fold, folds), np.concatenate(rows), base_rows))
+    return _joined(own), _joined(negative)
+
+
+def _scores(metric: Metric, held: Floats, rows: Floats, base_rows: Floats) -> Floats:
+    best = cosines(metric, held, rows).max(axis=1)
+    return evidence(best, cosines(metric, held, base_rows).max(axis=1) if len(base_rows) else None)
+
+
+def _only(rows: Floats, fold: int, folds: int) -> Floats:
+    return rows[fold::folds] if len(rows) > 1 else rows[:0]
+
+
+def _without(rows: Floats, fold: int, folds: int) -> Floats:
+    return rows[np.arange(len(rows)) % folds != fold] if len(rows) > 1 else rows
+
+
+def _joined(parts: Sequence[Floats]) -> Floats:
+    return np.concatenate([np.zeros(0, np.float32), *parts]).astype(np.float32)

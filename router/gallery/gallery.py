@@ -1,0 +1,327 @@
+"""Centroids of every adapter's example prompts, and how near a query comes to them.
+
+    score(q, adapter) = max over its centroids c of cos_M(q, c)  -  1/2 max over the base's centroids b of cos_M(q, b)
+
+(no base examples: no second term). Centroids are kept in one float32 matrix [slots, centroids, dim], so a query over
+all adapters is one matrix-vector product. The metric M acts on the query, so that a new metric changes one length per
+centroid and nothing else.
+
+One writer at a time (a lock), any number of readers without one: a reader works on a `GallerySnapshot`, which no later
+change touches. Slots freed by a change are used again only when no snapshot that knew them is left.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from loramux.router.gallery.centroids import unit_rows
+from loramux.router.gallery.conformal import Calibration, calibrate
+from loramux.router.gallery.crossfit import (
+    Shape,
+    base_centroids,
+    centroids,
+    cosines,
+    cross_scores,
+    evidence,
+    fit,
+)
+from loramux.router.gallery.metric import Metric, plain_metric
+from loramux.router.gallery.sample import MAX_BASE_EXAMPLES, sampled
+from loramux.router.gallery.state import GalleryState
+from loramux.router.interface import BASE, Floats
+
+Kind = Literal["examples", "description"]
+
+DESCRIPTION_DISCOUNT = 0.05  # off the score of an adapter known by its description alone
+_ALWAYS_REFIT = 256  # up to so many sampled examples every change refits (some 50 ms)
+_REFIT_SHARE = 0.25  # beyond, only once so large a share of the sample is new
+_GATHER_SHARE = 8  # with fewer than 1/8 of the slots asked for, their rows are gathered first
+_LEAST_SLOTS = 64  # by which the matrix grows at least
+_BLOCK = 4096  # slots whose lengths are computed at once
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class GallerySnapshot:
+    """The gallery at one moment: a `Scorer` over embeddings of the gallery's encoder.
+
+    `rows` float32 [slots, centroids, dim], `inverse` float32 [slots, centroids] (1 / |c - mu'|_M) and `discount`
+    float32 [slots] are shared with later snapshots, which write to other slots only.
+    """
+
+    slots: Mapping[str, int]
+    rows: Floats
+    inverse: Floats
+    discount: Floats
+    metric: Metric
+    base_rows: Floats
+    calibration: Calibration
+    epoch: int
+    used: int
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Every adapter with examples or a description, in no particular order."""
+        return tuple(self.slots)
+
+    @property
+    def knows_base(self) -> bool:
+        """Whether the base has examples of its own."""
+        return len(self.base_rows) > 0
+
+    def score(self, embeddings: Floats, keys: Sequence[str] | None = None) -> Floats:
+        """float32 [n, len(keys)] of embeddings [n, dim], for all candidates or those named. KeyError for others."""
+        slots, queries = self.slots, np.asarray(embeddings, dtype=np.float32)
+        asked = slots.values() if keys is None else map(slots.__getitem__, keys)
+        wanted = np.fromiter(asked, np.int64, len(slots) if keys is None else len(keys))
+        weighed = self.metric.weigh(queries)
+        gathered = len(wanted) * _GATHER_SHARE < self.used
+        rows, inverse = (a[wanted] if gathered else a[: self.used] for a in (self.rows, self.inverse))
+        products = (rows.reshape(-1, rows.shape[-1]) @ weighed.T - weighed @ self.metric.mean) * inverse.reshape(-1, 1)
+        best = _max_of_middle(products.reshape(*inverse.shape, len(queries)))
+        if not gathered:
+            best = best[wanted]
+        lengths = self.metric.norms(queries)
+        likeness = np.asarray(best.T / np.where(lengths > 0, lengths, 1)[:, None], dtype=np.float32)
+        likeness -= self.discount[wanted]
+        base = self.base_likeness(queries)
+        return evidence(likeness, None if base is None else base[:, None])
+
+    def base_likeness(self, embeddings: Floats) -> Floats | None:
+        """max over the base's centroids of cos_M, float32 [n]; None while the base has no examples."""
+        return cosines(self.metric, embeddings, self.base_rows).max(axis=1) if self.knows_base else None
+
+
+@dataclass(slots=True)
+class _Matrix:
+    """Slots of centroids: what is free, and what will be once nobody looks at it."""
+
+    rows: Floats
+    inverse: Floats
+    discount: Floats
+    used: int = 0
+    free: list[int] = field(default_factory=list)
+    retired: list[tuple[int, int]] = field(default_factory=list)  # (last epoch that knew the slot, slot)
+
+    def take(self) -> int:
+        """A slot that no living snapshot knows; the matrix doubles when there is none."""
+        if self.free:
+            return self.free.pop()
+        if self.used == len(self.rows):
+            self.rows, self.inverse, self.discount = (
+                np.concatenate([a, np.zeros((max(len(a), _LEAST_SLOTS), *a.shape[1:]), np.float32)])
+                for a in (self.rows, self.inverse, self.discount)
+            )
+        self.used += 1
+        return self.used - 1
+
+    def reclaim(self, oldest: int) -> None:
+        """Frees the slots that only snapshots before epoch `oldest` knew."""
+        self.free += [slot for epoch, slot in self.retired if epoch < oldest]
+        self.retired = [(epoch, slot) for epoch, slot in self.retired if epoch >= oldest]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    rows: Floats
+    kind: Kind
+
+
+class Gallery:
+    """The writer's side. Changes take effect at once; what is fitted across adapters follows when enough has changed.
+
+    A change that fits takes tens of milliseconds (some 50 adapters) to about a second (any number), so an event loop
+    should leave changes to a worker thread; readers never wait.
+
+    `alpha` is the share of belonging prompts that the calibrated threshold may turn away; it needs 1 / alpha - 1
+    examples over all adapters that have two or more (19 at the default). Adapters get up to `max_centroids`, one per
+    four examples. The base's own queries go in under the key `BASE`: they make the score two-sided and are never a
+    candidate, and with enough of them the threshold is two-sided (see `conformal`).
+    """
+
+    def __init__(self, dim: int, *, alpha: float = 0.05, max_centroids: int = 3, max_base_centroids: int = 8) -> None:
+        if dim < 1 or max_centroids < 1 or max_base_centroids < 1:
+            raise ValueError("dim, max_centroids and max_base_centroids must be at least 1")
+        self._alpha = alpha
+        self._shape = Shape(dim, max_centroids, max_base_centroids)
+        self._lock = threading.Lock()
+        self._epoch = 0
+        self._alive: weakref.WeakSet[GallerySnapshot] = weakref.WeakSet()
+        self._groups: dict[str, Floats] = {}  # the sample that is fitted on
+        self._fitted: dict[str, Floats] = {}  # the sample that was
+        self._base = np.zeros((0, dim), np.float32)
+        self._matrix = _Matrix(
+            np.zeros((0, max_centroids, dim), np.float32),
+            np.zeros((0, max_centroids), np.float32),
+            np.zeros(0, np.float32),
+        )
+        empty = np.zeros(0, np.float32)
+        self._publish({}, plain_metric(dim), self._base, calibrate(alpha, empty, empty))
+
+    @property
+    def dim(self) -> int:
+        """Columns of the embeddings."""
+        return self._shape.dim
+
+    def snapshot(self) -> GallerySnapshot:
+        """The gallery as it is now."""
+        return self._snapshot
+
+    def put(self, key: str, embeddings: Floats, kind: Kind = "examples") -> None:
+        """Adds or replaces a candidate by embeddings [n, dim] of its example prompts, or of its description.
+
+        A description counts as one example, whatever its number of rows, at a discount: it says what the adapter is
+        for, not how it is asked. It takes no part in metric and calibration. Raises ValueError for embeddings that are
+        no finite [n >= 1, dim] matrix, and for a description of the base.
+        """
+        self.put_many([(key, embeddings, kind)])
+
+    def put_many(self, entries: Iterable[tuple[str, Floats, Kind]]) -> None:
+        """`put` for each in turn, fitting once for all. Nothing changes if any is refused."""
+        new = {key: _Entry(self._checked(key, rows, kind), kind) for key, rows, kind in entries}
+        with self._lock:
+            base = new.pop(BASE, None)
+            if base is not None:
+                self._base = base.rows[:MAX_BASE_EXAMPLES]
+            for key, entry in new.items():
+                self._groups.pop(key, None)
+                if entry.kind == "examples":
+                    self._groups[key] = entry.rows
+            self._groups = sampled(self._groups)
+            self._change(new, (), base_changed=base is not None)
+
+    def remove(self, key: str) -> None:
+        """Takes a candidate out, or the base's examples; a key that is not there is ignored."""
+        with self._lock:
+            if key == BASE:
+                self._base = self._base[:0]
+            self._groups.pop(key, None)
+            self._change({}, (key,), base_changed=key == BASE)
+
+    def refit(self) -> None:
+        """Fits metric and calibration now, where `put` would have put it off (large galleries)."""
+        with self._lock:
+            self._change({}, (), base_changed=True)
+
+    def state(self) -> GalleryState:
+        """A copy of everything the gallery knows, to be stored and given to `from_state`."""
+        with self._lock:
+            now, order = self._snapshot, list(self._snapshot.slots.values())
+            return GalleryState(
+                shape=self._shape,
+                keys=now.candidates,
+                rows=now.rows[order],
+                discount=now.discount[order],
+                metric=now.metric,
+                base=self._base,
+                groups=dict(self._groups),
+                calibration=now.calibration,
+            )
+
+    @classmethod
+    def from_state(cls, state: GalleryState) -> "Gallery":
+        """The gallery that `state` was taken of: it scores the same, without fitting anything."""
+        shape = state.shape
+        gallery = cls(
+            shape.dim,
+            alpha=state.calibration.alpha,
+            max_centroids=shape.most,
+            max_base_centroids=shape.most_base,
+        )
+        gallery._base = state.base
+        gallery._groups, gallery._fitted = dict(state.groups), dict(state.groups)
+        n = len(state.keys)
+        lengths = np.zeros(state.rows.shape[:2], np.float32)
+        gallery._matrix = _Matrix(state.rows.copy(), lengths, state.discount.copy(), n)
+        gallery._measure(state.metric)
+        base_rows = base_centroids(state.base, state.metric, shape)
+        gallery._publish(dict(zip(state.keys, range(n), strict=True)), state.metric, base_rows, state.calibration)
+        return gallery
+
+    # What follows holds the lock.
+
+    def _checked(self, key: str, embeddings: Floats, kind: Kind) -> Floats:
+        rows = np.asarray(embeddings, dtype=np.float32)
+        if rows.ndim != 2 or not len(rows) or rows.shape[1] != self.dim:
+            raise ValueError(f"embeddings of {key!r} must be [n >= 1, {self.dim}], got {list(rows.shape)}")
+        if not np.isfinite(rows).all():
+            raise ValueError(f"embeddings of {key!r} must be finite")
+        if kind == "description":
+            if key == BASE:
+                raise ValueError("the base is known by its examples, not by a description")
+            rows = unit_rows(rows).mean(axis=0, keepdims=True)
+        return unit_rows(rows)
+
+    def _change(self, new: Mapping[str, _Entry], gone: Sequence[str], *, base_changed: bool) -> None:
+        """Publishes the candidates without those `gone` and with the `new`, fitted anew if it is time."""
+        now, slots = self._snapshot, dict(self._snapshot.slots)
+        self._matrix.reclaim(min(s.epoch for s in list(self._alive)))
+        for key in gone:
+            self._retire(slots, key)
+        if not base_changed and not self._is_stale():
+            self._write(slots, new, now.metric)
+            self._publish(slots, now.metric, now.base_rows, now.calibration)
+            return
+        groups = list(self._groups.values())
+        metric = fit(groups, self._base, self._shape)
+        self._write(slots, {**{k: _Entry(g, "examples") for k, g in self._groups.items()}, **new}, metric)
+        self._measure(metric)
+        held_out, negatives = cross_scores(groups, self._base, self._shape)
+        self._fitted = dict(self._groups)
+        base_rows = base_centroids(self._base, metric, self._shape)
+        self._publish(slots, metric, base_rows, calibrate(self._alpha, held_out, negatives))
+
+    def _is_stale(self) -> bool:
+        """Whether the sample has changed, and is small or has changed much."""
+        size, before = (sum(map(len, groups.values())) for groups in (self._groups, self._fitted))
+        same = sum(len(g) for key, g in self._groups.items() if self._fitted.get(key) is g)
+        changed = max(size, before) - same
+        return changed > 0 and (size <= _ALWAYS_REFIT or changed >= _REFIT_SHARE * max(size, before))
+
+    def _write(self, slots: dict[str, int], entries: Mapping[str, _Entry], metric: Metric) -> None:
+        """Puts each candidate's centroids into a slot of its own; unused places repeat the first."""
+        matrix = self._matrix
+        for key, entry in entries.items():
+            self._retire(slots, key)
+            slots[key] = slot = matrix.take()
+            rows = centroids(entry.rows, metric, self._shape.most)
+            matrix.rows[slot] = rows[0]
+            matrix.rows[slot, : len(rows)] = rows
+            matrix.inverse[slot] = _inverse(metric.norms(matrix.rows[slot]))
+            matrix.discount[slot] = DESCRIPTION_DISCOUNT if entry.kind == "description" else 0.0
+
+    def _retire(self, slots: dict[str, int], key: str) -> None:
+        if key in slots:
+            self._matrix.retired.append((self._snapshot.epoch, slots.pop(key)))
+
+    def _measure(self, metric: Metric) -> None:
+        """Every centroid's length under a new metric, into an array of its own: older snapshots keep theirs."""
+        matrix = self._matrix
+        inverse = np.zeros_like(matrix.inverse)
+        for start in range(0, matrix.used, _BLOCK):
+            rows = matrix.rows[start : min(start + _BLOCK, matrix.used)]
+            lengths = metric.norms(rows.reshape(-1, self.dim))
+            inverse[start : start + len(rows)] = _inverse(lengths).reshape(len(rows), -1)
+        matrix.inverse = inverse
+
+    def _publish(self, slots: Mapping[str, int], metric: Metric, base_rows: Floats, calibration: Calibration) -> None:
+        matrix = self._matrix
+        self._epoch += 1
+        arrays = (matrix.rows, matrix.inverse, matrix.discount)
+        self._snapshot = GallerySnapshot(slots, *arrays, metric, base_rows, calibration, self._epoch, matrix.used)
+        self._alive.add(self._snapshot)
+
+
+def _inverse(lengths: Floats) -> Floats:
+    return np.asarray(np.where(lengths > 0, 1 / np.where(lengths > 0, lengths, 1), 0), dtype=np.float32)
+
+
+def _max_of_middle(values: Floats) -> Floats:
+    """values.max(axis=1) of a short middle axis, as a few whole-array maxima (some 50 times as fast)."""
+    best = np.array(values[:, 0], dtype=np.float32)
+    for index in range(1, values.shape[1]):
+        np.maximum(best, values[:, index], out=best)
+    return best

@@ -1,0 +1,101 @@
+"""A gallery as arrays and plain values, so that a start needs no example encoded and nothing fitted again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loramux.router.gallery.conformal import Calibration, calibrate
+from loramux.router.gallery.crossfit import Shape
+from loramux.router.gallery.metric import Metric
+from loramux.router.interface import Floats
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryState:
+    """Everything a gallery knows: candidates' centroids in the order of `keys`, what was fitted, and on what.
+
+    `rows` float32 [candidates, centroids, dim], `discount` float32 [candidates], `base` float32 [n, dim] the base's
+    examples, `groups` the sample that is fitted on.
+    """
+
+    shape: Shape
+    keys: tuple[str, ...]
+    rows: Floats
+    discount: Floats
+    metric: Metric
+    base: Floats
+    groups: Mapping[str, Floats]
+    calibration: Calibration
+
+    def pack(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """(float32 arrays by name, values that JSON can hold)."""
+        empty = np.zeros((0, self.shape.dim), np.float32)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "rows": self.rows,
+            "discount": self.discount,
+            "metric.mean": self.metric.mean,
+            "metric.directions": self.metric.directions,
+            "metric.damping": self.metric.damping,
+            "base": self.base,
+            "sample": np.concatenate([empty, *self.groups.values()]),
+            "calibration.held_out": self.calibration.held_out,
+            "calibration.negatives": self.calibration.negatives,
+        }
+        info = {
+            "version": VERSION,
+            "dim": self.shape.dim,
+            "max_centroids": self.shape.most,
+            "max_base_centroids": self.shape.most_base,
+            "alpha": self.calibration.alpha,
+            "keys": list(self.keys),
+            "sample": [[key, len(rows)] for key, rows in self.groups.items()],
+        }
+        return arrays, info
+
+    @classmethod
+    def unpack(cls, arrays: Mapping[str, npt.NDArray[Any]], info: Mapping[str, Any]) -> "GalleryState":
+        """The inverse of `pack`. Raises ValueError for another version, and for arrays that contradict `info`."""
+        if info.get("version") != VERSION:
+            raise ValueError(f"the gallery's state has version {info.get('version')!r}, this is version {VERSION}")
+        try:
+            shape = Shape(int(info["dim"]), int(info["max_centroids"]), int(info["max_base_centroids"]))
+            keys = tuple(str(key) for key in info["keys"])
+            sizes = {str(key): int(size) for key, size in info["sample"]}
+            alpha = float(info["alpha"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("the gallery's state has damaged values") from error
+        n, k, dim = len(keys), len(arrays.get("metric.damping", ())), shape.dim
+        free = (None,)
+        expected: dict[str, tuple[int | None, ...]] = {
+            "rows": (n, shape.most, dim),
+            "discount": (n,),
+            "metric.mean": (dim,),
+            "metric.directions": (k, dim),
+            "metric.damping": (k,),
+            "base": (None, dim),
+            "sample": (sum(sizes.values()), dim),
+            "calibration.held_out": free,
+            "calibration.negatives": free,
+        }
+        for name, wanted in expected.items():
+            found = arrays.get(name)
+            fits = found is not None and found.dtype == np.float32 and len(found.shape) == len(wanted)
+            if not fits or any(w not in (None, f) for w, f in zip(wanted, arrays[name].shape, strict=True)):
+                raise ValueError(f"the gallery's state has no float32 array {name!r} of the right shape")
+        ends = np.cumsum(list(sizes.values()))
+        parts = np.split(arrays["sample"], ends[:-1]) if sizes else []
+        return cls(
+            shape,
+            keys,
+            arrays["rows"],
+            arrays["discount"],
+            Metric(arrays["metric.mean"], arrays["metric.directions"], arrays["metric.damping"]),
+            arrays["base"],
+            dict(zip(sizes, parts, strict=True)),
+            calibrate(alpha, arrays["calibration.held_out"], arrays["calibration.negatives"]),
+        )

@@ -1,0 +1,214 @@
+"""Texts to rows without stopping the event loop: engine probes, encoders in a thread, both side by side, and caches."""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import aclosing
+from typing import Protocol, TypeVar, cast
+
+import numpy as np
+
+from loramux.router.encoders.cache import CacheError, EmbeddingCache
+from loramux.router.interface import Encoder, Floats
+from loramux.server.api.auto.base_states import BaseStates
+from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineError, EngineOutput
+
+PROBES_AT_ONCE = 8  # of one call: examples by the thousand must not fill the engine's queue
+TEXTS_AT_ONCE = 64
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class Embedder(Protocol):
+    """An encoder whose rows are waited for. `name` and `dim` mean what they mean for `router.interface.Encoder`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+        """float32 [len(texts), dim]. `salt` separates what one caller's texts leave in caches from other callers'."""
+        ...
+
+
+class ProbeEmbedder:
+    """Rows from the engine's hidden states (`BaseStates`), one pooling request per text. Raises `EngineError`.
+
+    Of one call `at_once` texts are under way; with 1 no batch's rounding depends on timing.
+    """
+
+    def __init__(self, engine: EngineClient, states: BaseStates, at_once: int = PROBES_AT_ONCE) -> None:
+        self._at_once = at_once
+        self._engine = engine
+        self._states = states
+        self._numbers = itertools.count()
+
+    @property
+    def name(self) -> str:
+        return self._states.name
+
+    @property
+    def dim(self) -> int:
+        return self._states.dim
+
+    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+        """See `Embedder.embed`. Raises a 400 where the chat template refuses a text."""
+        if len(texts) == 1:
+            return (await self._row(texts[0], salt))[None]
+        rows = np.zeros((len(texts), self.dim), np.float32)
+        left = iter(enumerate(texts))
+
+        async def work() -> None:
+            for index, text in left:  # shared: each worker takes the next text that nobody has
+                rows[index] = await self._row(text, salt)
+
+        workers = [asyncio.create_task(work()) for _ in range(min(self._at_once, len(texts)))]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+        return rows
+
+    async def _row(self, text: str, salt: str) -> Floats:
+        request = self._states.request(text, f"probe-{next(self._numbers)}", salt)
+        if request is None:
+            return np.zeros(self.dim, np.float32)
+        outputs = cast(AsyncGenerator[EngineOutput, None], self._engine.generate(request))
+        async with aclosing(outputs):
+            async for output in outputs:
+                if output.embedding is not None:
+                    return self._states.row(output.embedding)
+                if output.finish_reason is not None:
+                    raise EngineError(
+                        output.error or "the engine gave the probe up", retryable=output.error_kind is None
+                    )
+        raise EngineDeadError("the engine stopped without answering the probe")
+
+
+class LocalEmbedder:
+    """An encoder that runs in a thread. Texts that arrive while it computes are computed together next."""
+
+    def __init__(self, encoder: Encoder, threads: Executor) -> None:
+        self._encoder = encoder
+        self._threads = threads
+        self._waiting: list[tuple[Sequence[str], asyncio.Future[Floats]]] = []
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        return self._encoder.name
+
+    @property
+    def dim(self) -> int:
+        return self._encoder.dim
+
+    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+        """See `Embedder.embed`; nothing is kept, so `salt` has nothing to separate."""
+        future: asyncio.Future[Floats] = asyncio.get_running_loop().create_future()
+        self._waiting.append((texts, future))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._take()
+                texts = [text for part, _ in batch for text in part]
+                try:
+                    rows = await asyncio.get_running_loop().run_in_executor(self._threads, self._encoder.encode, texts)
+                except Exception as error:
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
+                    continue
+                start = 0
+                for part, future in batch:
+                    if not future.done():
+                        future.set_result(rows[start : start + len(part)])
+                    start += len(part)
+        finally:
+            self._running = None
+
+    def _take(self) -> list[tuple[Sequence[str], "asyncio.Future[Floats]"]]:
+        """The next calls whose caller still waits, of about `TEXTS_AT_ONCE` texts together."""
+        batch = []
+        size = 0
+        while self._waiting and size < TEXTS_AT_ONCE:
+            texts, future = self._waiting.pop(0)
+            if not future.done():
+                batch.append((texts, future))
+                size += len(texts)
+        return batch
+
+
+class JoinedEmbedder:
+    """Several embedders' rows side by side, divided by sqrt(their number): of rows of norm 1 it makes such rows."""
+
+    def __init__(self, parts: Sequence[Embedder]) -> None:
+        self._parts = tuple(parts)
+        names = json.dumps([part.name for part in parts])
+        self.name = f"joined-{hashlib.sha256(names.encode()).hexdigest()[:32]}"
+        self.dim = sum(part.dim for part in parts)
+
+    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+        """See `Embedder.embed`; the parts work at the same time."""
+        rows = await asyncio.gather(*(part.embed(texts, salt) for part in self._parts))
+        return np.asarray(np.concatenate(rows, axis=1) / np.sqrt(len(rows)), dtype=np.float32)
+
+
+class CachedEmbedder:
+    """The same rows, computed once per distinct text and salt. A cache with a file is read and written in a thread.
+
+    A file that fails costs time, not answers: rows are computed again, and the log says why.
+    """
+
+    def __init__(self, embedder: Embedder, cache: EmbeddingCache, threads: Executor | None = None) -> None:
+        self._embedder = embedder
+        self._cache = cache
+        self._threads = threads
+
+    @property
+    def name(self) -> str:
+        return self._embedder.name
+
+    @property
+    def dim(self) -> int:
+        return self._embedder.dim
+
+    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+        """See `Embedder.embed`."""
+        keys = [self._key(text, salt) for text in texts]
+        known: dict[bytes, bytes] = {}
+        try:
+            known = await self._call(lambda: self._cache.get(dict.fromkeys(keys)))
+        except CacheError as error:
+            logger.error("%s", error)
+        fresh = {key: text for key, text in zip(keys, texts, strict=True) if len(known.get(key, b"")) != 4 * self.dim}
+        if fresh:
+            rows = await self._embedder.embed(list(fresh.values()), salt)
+            found = {key: row.astype("<f4").tobytes() for key, row in zip(fresh, rows, strict=True)}
+            known |= found
+            try:
+                await self._call(lambda: self._cache.put(found))
+            except CacheError as error:
+                logger.error("%s", error)
+        joined = b"".join(known[key] for key in keys)
+        return np.frombuffer(joined, "<f4").reshape(len(texts), self.dim).astype(np.float32)
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        if self._threads is None:
+            return call()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def _key(self, text: str, salt: str) -> bytes:
+        digest = hashlib.sha256(json.dumps([self.name, salt]).encode())
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        return digest.digest()

@@ -1,0 +1,84 @@
+"""Training the scorer without a server: the same encoder, the same choice by cross-validation, the same artefacts."""
+
+import asyncio
+import logging
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loramux.adapters_store.base_spec import base_spec_from_config
+from loramux.router import artifacts
+from loramux.router.interface import Floats, Progress
+from loramux.router.progress import bars
+from loramux.router.scores.dataset import DatasetError, build_table, merge, read_scores
+from loramux.server.api.auto.embedders import TEXTS_AT_ONCE
+from loramux.server.api.auto.parts import RouterParts, RouterSetupError, prepare
+from loramux.server.api.auto.scoring import BASE_WORD, SCORERS, as_routed
+from loramux.server.api.auto.service import FOLDER
+from loramux.server.api.auto.training import train
+from loramux.server.api.rendering import Renderer, TokenizerError
+from loramux.server.api.serve import ServeError, configure_logging, find_model, structure_of
+from loramux.server.engine.client import ProcessEngineClient
+from loramux.server.engine.loading import UnsupportedModelError, load_config
+from loramux.server.engine.protocol import EngineError
+from loramux.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class OfflineError(Exception):
+    """Training is not possible; the message says why and what would help."""
+
+
+def train_file(settings: Settings, file: Path, out: Path | None, seed: int) -> dict[str, Any]:
+    """Trains on a file of scores and saves the next version in `out`, or in the store of these settings.
+
+    Returns the artefact's notes with `version` and `folder`. Deterministic by `seed`. Raises `OfflineError`.
+    """
+    configure_logging("warning")
+    try:
+        model = find_model(settings)
+        spec = base_spec_from_config(load_config(model), name=settings.base_name)
+        renderer = Renderer.load(model, chat_template=settings.chat_template)
+        parts = prepare(settings, model, spec.num_layers)
+        if parts is None:
+            raise OfflineError("--router off: there is nothing to train for; leave it out")
+        words = {BASE_WORD, settings.base_name}
+        rows = merge(as_routed(row, words) for row in read_scores(file))
+        folder = out if out is not None else settings.store_root(structure_of(spec)) / FOLDER / SCORERS
+        with bars() as progress:
+            texts = [row.query for row in rows]
+            embeddings, encoder = asyncio.run(_embed(settings, parts, renderer, model, texts, progress))
+            version = train(build_table(rows, embeddings), folder, encoder, seed=seed, progress=progress)
+        made = artifacts.load(folder, version)
+    except (ServeError, TokenizerError, UnsupportedModelError, RouterSetupError) as error:
+        raise OfflineError(str(error)) from error
+    except (DatasetError, ValueError) as error:
+        raise OfflineError(f"{file}: {error}") from error
+    except EngineError as error:
+        raise OfflineError(f"the base cannot embed the queries: {error}") from error
+    return {**made.notes, "version": version, "folder": str(folder)}
+
+
+async def _embed(
+    settings: Settings, parts: RouterParts, renderer: Renderer, model: Path, texts: list[str], progress: Progress
+) -> tuple[Floats, str]:
+    """(rows of the texts, the encoder's name); the engine runs for as long as the encoder needs it."""
+    with tempfile.TemporaryDirectory() as no_adapters, ThreadPoolExecutor(1) as threads:
+        engine = ProcessEngineClient(settings.to_engine_config(str(model), no_adapters))
+        try:
+            if parts.uses_base:
+                await engine.start()
+                await engine.wait_ready()
+            embedder = parts.embedder(engine, renderer, threads, at_once=1)
+            rows = [np.zeros((0, embedder.dim), np.float32)]
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                progress("embedding queries", start, len(texts))
+                rows.append(await embedder.embed(texts[start : start + TEXTS_AT_ONCE]))
+            progress("embedding queries", len(texts), len(texts))
+            return np.concatenate(rows), embedder.name
+        finally:
+            await engine.stop()

@@ -1,0 +1,181 @@
+"""`/v1/route`, `/v1/feedback` and `/v1/router`: what `auto` would choose, what it knows, and how it learns."""
+
+import asyncio
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from loramux.adapters_store.errors import AdapterNotFound
+from loramux.router.interface import BASE
+from loramux.router.options import RouterError
+from loramux.router.policy import Decision
+from loramux.router.scores.dataset import DatasetError, ScoredQuery
+from loramux.server.api.auto.ledger import LedgerError
+from loramux.server.api.auto.reports import options_of, refused, report_of
+from loramux.server.api.auto.scoring import BASE_WORD, as_routed
+from loramux.server.api.auto.service import RouterService
+from loramux.server.api.errors import APIError, bad_request, model_not_found, unavailable
+from loramux.server.api.schemas.routing import (
+    FeedbackRequest,
+    FeedbackTaken,
+    RouteDecision,
+    RouteList,
+    RouteRequest,
+    RouterState,
+    ScoresTaken,
+    TrainRequest,
+    TrainStarted,
+)
+from loramux.server.api.state import ServerState, State
+
+router = APIRouter()
+
+JSON = "application/json"
+SCORES_PATH = "/v1/router/scores"
+ID_PREFIXES = ("chatcmpl-", "cmpl-")
+SHOWN_UNKNOWN = 20
+RETRY_SECONDS = 5
+SCORES_SCHEMA = {
+    "required": True,
+    "content": {"application/x-ndjson": {"schema": {"type": "string", "description": "one JSON object per line"}}},
+}
+
+
+@router.post("/v1/route", response_model=RouteList)
+async def route(body: RouteRequest, state: State) -> Response:
+    """Which adapters would serve each input, with scores and reasons (unless `explain` is false), nothing generated."""
+    service = state.require_router()
+    options = options_of(body.router)
+    explain = body.router is None or body.router.explain is not False
+    salt = body.cache_salt or ""
+
+    async def one(query: str) -> Decision:
+        return await service.decide(query, options, salt=salt)
+
+    try:
+        decisions = await asyncio.gather(*(one(query) for query in body.queries))
+    except RouterError as error:
+        raise refused(error) from None
+    data = [
+        RouteDecision(index=index, **report_of(decision, explain=explain).model_dump(exclude_unset=True))
+        for index, decision in enumerate(decisions)
+    ]
+    return Response(RouteList(object="list", data=data).json_text(), media_type=JSON)
+
+
+@router.get("/v1/router", response_model=RouterState)
+async def router_state(state: State) -> Response:
+    """The router's encoder, rungs, counts, calibration, and how its training went."""
+    if state.router is None:
+        answer = RouterState(object="router", enabled=False, encoder=None, adapters={}, rungs={}, shadow=False)
+    else:
+        report = await state.router.report()
+        answer = RouterState(object="router", enabled=True, shadow=state.shadow is not None, **report)
+    return Response(answer.json_text(), media_type=JSON)
+
+
+@router.post("/v1/feedback", response_model=FeedbackTaken)
+async def feedback(body: FeedbackRequest, state: State) -> Response:
+    """Keeps one opinion of how well an adapter answered a query; training turns them into the scores rung."""
+    service = state.require_router()
+    served: tuple[str, ...] | None = None
+    if (body.request_id is None) == (body.input is None):
+        raise bad_request("Send either `request_id` or `input`.", "input" if body.request_id else "request_id")
+    if body.request_id is not None:
+        found = service.recall(_plain_id(body.request_id))
+        if found is None:
+            raise APIError(
+                404, f"The request {body.request_id!r} is not remembered (any longer); send its text as `input`.",
+                param="request_id", code="request_not_found",
+            )  # fmt: skip
+        text, served = found.text, found.adapters
+    else:
+        text = body.input or ""
+    if body.adapter is not None:
+        key = await _key_of(state, body.adapter)
+    elif served is not None and len(served) <= 1:
+        key = served[0] if served else BASE
+    else:
+        raise bad_request("Name the `adapter` that the score is of.", "adapter", "missing_required_parameter")
+    try:
+        row = as_routed(ScoredQuery(text, {key: body.score}, body.group or ""), ())
+    except DatasetError as error:
+        raise bad_request(f"{error}.", "input", "invalid_value") from None
+    await _keep(service, [row])
+    taken = FeedbackTaken(object="feedback", adapter=key or state.settings.base_name, score=body.score)
+    return Response(taken.json_text(), media_type=JSON)
+
+
+@router.post(SCORES_PATH, response_model=ScoresTaken, openapi_extra={"requestBody": SCORES_SCHEMA})
+async def upload_scores(request: Request, state: State) -> Response:
+    """Keeps scores of many queries: per line `{"query": text, "scores": {adapter: 0 to 1}}`, with a `group` or not."""
+    service = state.require_router()
+    data = await request.body()
+    rows = await asyncio.to_thread(_rows_of, data)
+    words = {state.settings.base_name} | (set() if service.knows(BASE_WORD) else {BASE_WORD})
+    rows = [as_routed(row, words) for row in rows]
+    named = {name for row in rows for name in row.scores} - {BASE}
+    unknown = sorted(name for name in named if not service.knows(name))
+    await _keep(service, rows)
+    count = sum(len(row.scores) for row in rows)
+    taken = ScoresTaken(object="router.scores", queries=len(rows), scores=count, unknown=unknown[:SHOWN_UNKNOWN])
+    return Response(taken.json_text(), media_type=JSON)
+
+
+@router.post("/v1/router/train", response_model=TrainStarted, status_code=202)
+async def train(body: TrainRequest, state: State) -> Response:
+    """Trains the scorer on the scores that are kept, in the background; the one in use serves until it is done."""
+    started = state.require_router().train(body.seed)
+    if started is None:
+        raise unavailable("The router's encoder is not ready yet.", code="router_starting")
+    if not started:
+        raise APIError(
+            409, "A training is running; GET /v1/router says how it goes.", code="already_training",
+            headers={"x-should-retry": "false"},
+        )  # fmt: skip
+    answer = TrainStarted(object="router.training", status="running")
+    return Response(answer.json_text(), status_code=202, media_type=JSON)
+
+
+async def _keep(service: RouterService, rows: Sequence[ScoredQuery]) -> None:
+    """Adds to the scores. Raises a 503 when the disk refuses."""
+    try:
+        await service.scores.add(rows)
+    except LedgerError as error:
+        raise unavailable(f"The {error}.", code="scores_not_kept", retry_after=RETRY_SECONDS) from error
+
+
+def _plain_id(id: str) -> str:
+    """The request's id without what the answer's `id` puts before it."""
+    for prefix in ID_PREFIXES:
+        id = id.removeprefix(prefix)
+    return id
+
+
+async def _key_of(state: ServerState, name: str) -> str:
+    """The candidate that a client means. Raises a 404 for neither the base nor an adapter."""
+    if name == state.settings.base_name:
+        return BASE
+    try:
+        return (await state.in_store(state.store.resolve, name)).name
+    except AdapterNotFound:
+        if name == BASE_WORD:
+            return BASE
+        error = model_not_found(name)
+        error.param = "adapter"
+        raise error from None
+
+
+def _rows_of(data: bytes) -> list[ScoredQuery]:
+    """The rows of a JSON-lines body. Raises a 400 that names the line."""
+    rows = []
+    for number, line in enumerate(data.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(ScoredQuery.from_json(line))
+            except DatasetError as error:
+                raise bad_request(f"Line {number}: {error}.", None, "invalid_scores") from None
+    if not rows:
+        raise bad_request("The body has no line of scores.", None, "invalid_scores")
+    return rows

@@ -1,0 +1,137 @@
+"""`loramux route`: one text, a file of queries, and training without a server."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from api.harness import Bench, adapter_files, listening, make_bench, parts
+from api.test_routing import NOBODYS, QUERY, SPELL, SUM, TALK
+
+from loramux.router import artifacts
+from loramux.server.cli import main
+from loramux.server.demo.assets import demo_base_path
+
+
+@pytest.fixture(autouse=True)
+def _plain_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands configure logging for their process; a test's own capture stays."""
+    monkeypatch.setattr("loramux.server.api.auto.offline.configure_logging", lambda level: None)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """A live server with two skills, which the commands find by its variable."""
+    with listening(make_bench(tmp_path, base_examples=TALK)) as bench:
+        while not httpx.get(f"{bench.url}/v1/router").json()["rungs"]["examples"]["knows_base"]:
+            time.sleep(0.01)
+        for seed, (name, examples) in enumerate((("spell", SPELL), ("sum", SUM))):
+            fields = {"name": name, "examples": json.dumps(examples)}
+            response = httpx.post(f"{bench.url}/v1/adapters", data=fields, files=parts(adapter_files(seed)))
+            assert response.headers["x-loramux-router"] == "ready"
+        monkeypatch.setenv("LORAMUX_URL", bench.url)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.delenv("LORAMUX_API_KEY", raising=False)
+        yield bench
+
+
+def lines(path: Path, rows: list[Any]) -> str:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def test_one_text(server: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["route", QUERY]) == 0
+    out = capsys.readouterr().out
+    assert "spell (1)" in out
+    assert "rung examples" in out
+    assert main(["route", "--json", "--top-k", "2", "--threshold", "-10", QUERY]) == 0
+    assert [s["name"] for s in json.loads(capsys.readouterr().out)["scores"]] == ["spell", "sum"]
+    assert main(["route", NOBODYS]) == 0
+    assert "the base" in capsys.readouterr().out
+    assert main(["route", "--candidate", "sum", "--threshold", "-10", QUERY]) == 0
+    assert "sum (1)" in capsys.readouterr().out
+    assert main(["route", "--top-k", "0", QUERY]) == 1
+    assert "router.top_k" in capsys.readouterr().err
+    assert main(["route", "--", "train"]) == 0
+
+
+def test_a_file_of_queries(server: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = [
+        {"query": QUERY, "adapter": "spell"},
+        {"query": NOBODYS, "adapter": "base"},
+        {"query": QUERY, "adapter": "sum"},
+    ]
+    scored = [{"query": QUERY, "scores": {"spell": 0.5, "sum": 1}}, {"query": NOBODYS, "scores": {"base": 1, "sum": 0}}]
+    odd = [{"query": QUERY, "scores": {"sum": 1}}]
+    assert main(["route", "eval", lines(tmp_path / "a.jsonl", [*named, *scored, *odd]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["by_adapter"]["sum"] == {"queries": 1, "accuracy": 0.0, "abstained": 0}
+    assert (found["queries"], found["abstained"], found["scored"], found["without_score"]) == (6, 2, 2, 1)
+    assert (found["mean_score"], found["share_of_oracle"]) == (0.75, 0.75)
+    assert main(["route", "eval", lines(tmp_path / "b.jsonl", [*named, *scored])]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy 66.7%" in out
+    assert "75.0% of the oracle" in out
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["{", "[]", {"query": 3, "adapter": "a"}, {"query": "a"}, {"query": "a", "scores": {"b": "c"}}, {"adapter": "a"}],
+)
+def test_wrong_lines_are_named(server: Bench, tmp_path: Path, row: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["route", "eval", lines(tmp_path / "a.jsonl", [{"query": "a", "adapter": "spell"}, row])]) == 2
+    assert "line 2" in capsys.readouterr().err
+    assert main(["route", "eval", str(tmp_path / "none.jsonl")]) == 2
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> str:
+    rows: list[Any] = [{"query": q, "scores": {"reverse": 1, "add-ten": 0, "base": 0.5}} for q in SPELL]
+    rows += [{"query": q, "scores": {"reverse": 0, "add-ten": 1, "base": 0.5}} for q in SUM]
+    return lines(tmp_path / "scores.jsonl", rows)
+
+
+def test_training_is_deterministic(tmp_path: Path, scores: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        flags = ["--router-encoder", "ngram", "--store-dir", str(tmp_path / "store"), "--json"]
+        assert main(["route", "train", scores, "--out", str(tmp_path / name), "--seed", "4", *flags]) == 0
+        made = json.loads(capsys.readouterr().out)
+        assert (made["version"], made["rows"], made["folder"]) == (1, 16, str(tmp_path / name))
+    files = [sorted((tmp_path / name / "v000001").iterdir()) for name in ("one", "two")]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    artifact = artifacts.load(tmp_path / "one")
+    assert set(artifact.scorer.candidates) == {"", "add-ten", "reverse"}
+
+
+def test_training_says_what_is_wrong(tmp_path: Path, scores: str, capsys: pytest.CaptureFixture[str]) -> None:
+    store = ["--store-dir", str(tmp_path / "store")]
+    few = lines(tmp_path / "few.jsonl", [{"query": "a", "scores": {"b": 1}}])
+    for flags, words in (
+        ([few, "--router-encoder", "ngram"], "too few"),
+        ([lines(tmp_path / "bad.jsonl", ["{"]), "--router-encoder", "ngram"], "line 1"),
+        ([str(tmp_path / "none"), "--router-encoder", "ngram"], "none"),
+        ([scores, "--router", "off"], "--router off"),
+        ([scores, "--router-encoder", str(tmp_path)], "--router-encoder"),
+        ([scores, "--router-layer", "99"], "--router-layer"),
+    ):
+        assert main(["route", "train", *flags, *store]) == 1, flags
+        error = capsys.readouterr().err
+        assert words in error
+        assert "Traceback" not in error
+    assert main(["route", "train", scores, "--router", "maybe"]) == 2
+
+
+def test_training_with_the_base(tmp_path: Path, scores: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default encoder asks an engine; the version lands where a server of the same settings looks."""
+    assert (demo_base_path() / "config.json").is_file()
+    assert main(["route", "train", scores, "--store-dir", str(tmp_path / "store"), "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    (folder,) = (tmp_path / "store").glob("*/router/scorers")
+    assert artifacts.versions(folder) == [1]
+    assert "is version 1" in out
+    assert artifacts.load(folder).encoder.startswith("joined-")

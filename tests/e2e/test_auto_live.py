@@ -1,0 +1,93 @@
+"""`model: "auto"` on the embedded demo, from HTTP to the right answer."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import pytest
+from support.live import LiveServer, live_server
+
+from loramux.server.demo.assets import demo_adapters
+from loramux.server.demo.skills import adapter_skills, ask, base_skills
+
+EACH = 4
+
+
+def wait_known(server: LiveServer) -> dict[str, Any]:
+    """The router's state once it has embedded everything; the bound only ends a test that has failed."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        state: dict[str, Any] = httpx.get(server.url + "/v1/router", timeout=30).json()
+        examples = state["rungs"]["examples"]
+        if state["encoder"] and not state["adapters"]["pending"] and examples["knows_base"]:
+            return state
+        time.sleep(0.05)
+    raise AssertionError(state)
+
+
+def ask_auto(server: LiveServer, prompt: str) -> dict[str, Any]:
+    body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 40}
+    response = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("auto")
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[LiveServer]:
+    with live_server(root) as made:
+        wait_known(made)
+        yield made
+
+
+def test_fresh_prompts_in_unseen_words_are_answered(server: LiveServer) -> None:
+    rng = Random(21)
+    routed = answered = 0
+    for skill in adapter_skills():
+        for _ in range(EACH):
+            question = ask(skill, rng, "fresh", held_out=True)
+            answer = ask_auto(server, question.prompt)
+            routed += [a["name"] for a in answer["loramux"]["adapters"]] == [skill.name]
+            answered += answer["choices"][0]["message"]["content"].strip() == question.answer
+    asked = EACH * len(adapter_skills())
+    assert routed >= 0.95 * asked
+    assert answered >= 0.85 * asked
+    metrics = server.metrics()
+    assert metrics['loramux_router_rung_total{rung="examples"}'] == asked
+
+
+def test_the_bases_own_skills_stay_with_it_and_reuse_the_probe(server: LiveServer) -> None:
+    rng = Random(22)
+    mine = cached = 0
+    for skill in base_skills():
+        for _ in range(EACH):
+            answer = ask_auto(server, ask(skill, rng, "fresh", held_out=True).prompt)
+            if not answer["loramux"]["adapters"]:
+                mine += 1
+                cached += answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert mine >= 0.75 * EACH * len(base_skills())
+    assert cached == mine
+
+
+def test_a_ninth_adapter_is_routed_at_once_and_not_after_its_end(server: LiveServer) -> None:
+    folder = demo_adapters()[0].path
+    examples = [f'How many syllables has "{word}"?' for word in ("lemon", "paper", "river", "summer", "window")]
+    examples += [f'Count the syllables of "{word}".' for word in ("garden", "silver", "monkey", "pocket", "yellow")]
+    response = server.upload("syllables", folder, examples=json.dumps(examples))
+    assert response.headers["x-loramux-router"] == "ready"
+    question = 'How many syllables has "button"?'
+    body = {"input": question}
+    (decision,) = httpx.post(server.url + "/v1/route", json=body, timeout=60).json()["data"]
+    assert [m["name"] for m in decision["chosen"]] == ["syllables"]
+    httpx.delete(server.url + "/v1/adapters/syllables", timeout=60).raise_for_status()
+    (decision,) = httpx.post(server.url + "/v1/route", json=body, timeout=60).json()["data"]
+    assert "syllables" not in [s["name"] for s in decision["scores"]]

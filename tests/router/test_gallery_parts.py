@@ -1,0 +1,179 @@
+"""The gallery's parts: clustering, the metric, conformal thresholds, the sample."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loramux.router.gallery.centroids import cluster_means, number_of_centroids, spherical_kmeans, unit_rows
+from loramux.router.gallery.conformal import calibrate, examples_needed, threshold
+from loramux.router.gallery.crossfit import Shape, centroids, cosines, cross_scores
+from loramux.router.gallery.metric import SHRINKAGE, fit_metric, plain_metric
+from loramux.router.gallery.sample import sampled
+from loramux.router.interface import Floats
+
+
+def rows(n: int, dim: int = 12, seed: int = 0) -> Floats:
+    return unit_rows(np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32))
+
+
+def around(centre: Floats, n: int, seed: int, noise: float = 0.1) -> Floats:
+    spread = np.random.default_rng(seed).standard_normal((n, len(centre))).astype(np.float32)
+    return unit_rows(centre + np.float32(noise) * spread)
+
+
+def test_kmeans_finds_separate_clusters_and_repeats() -> None:
+    centres = np.eye(12, dtype=np.float32)[:3]
+    data = np.concatenate([around(c, 6, i) for i, c in enumerate(centres)])
+    clusters = spherical_kmeans(data, 3)
+    assert [len(set(clusters[i : i + 6])) for i in (0, 6, 12)] == [1, 1, 1]
+    assert set(clusters) == {0, 1, 2}
+    np.testing.assert_array_equal(clusters, spherical_kmeans(data, 3))
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 100))
+def test_kmeans_is_at_rest(n: int, k: int, seed: int) -> None:
+    data = rows(n, 4, seed)
+    clusters = spherical_kmeans(data, k)
+    means = unit_rows(cluster_means(data, clusters))
+    assert sorted(set(clusters)) == list(range(len(means)))
+    assert len(means) <= min(n, k)
+    np.testing.assert_array_equal((data @ means.T).argmax(axis=1), clusters)
+
+
+def test_equal_rows_are_one_cluster() -> None:
+    assert set(spherical_kmeans(np.repeat(rows(1), 8, axis=0), 3)) == {0}
+
+
+def test_centroids_by_examples() -> None:
+    assert [number_of_centroids(n, 3) for n in (1, 4, 7, 8, 11, 12, 100)] == [1, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("dim", [6, 40])
+def test_the_metric_is_the_regularised_inverse_covariance(dim: int) -> None:
+    groups = [rows(5, dim, i) for i in range(4)]
+    metric = fit_metric([*groups, rows(0, dim)], dim)
+    means = np.stack([g.mean(axis=0) for g in groups])
+    residuals = np.concatenate([g - m for g, m in zip(groups, means, strict=True)]).astype(np.float64)
+    S = residuals.T @ residuals / 16
+    floor = SHRINKAGE * np.trace(S) / min(16, dim)
+    M = floor * np.linalg.inv(S + floor * np.eye(dim))
+    x = rows(7, dim, 9).astype(np.float64)
+    centred = x - means.mean(axis=0) * 3 / 4
+    np.testing.assert_allclose(metric.weigh(x.astype(np.float32)), centred @ M, atol=1e-4)
+    np.testing.assert_allclose(
+        metric.norms(x.astype(np.float32)) ** 2, np.sum(centred @ M * centred, axis=1), atol=1e-4
+    )
+    white = metric.whiten(x.astype(np.float32))
+    np.testing.assert_allclose(white @ white.T, centred @ M @ centred.T, atol=1e-4)
+
+
+def test_the_metric_is_plain_where_nothing_varies() -> None:
+    for groups in ([], [rows(1, 5)], [np.repeat(rows(1, 5), 3, axis=0)]):
+        metric = fit_metric(groups, 5)
+        np.testing.assert_allclose(metric.weigh(rows(2, 5)), rows(2, 5), atol=1e-6)
+
+
+def test_cosines_are_cosines() -> None:
+    q, c = rows(3, 5, 1), rows(4, 5, 2)
+    np.testing.assert_allclose(cosines(plain_metric(5), q, c), q @ c.T, atol=1e-6)
+    metric = fit_metric([rows(6, 5, 3), rows(6, 5, 4)], 5)
+    np.testing.assert_allclose(np.diag(cosines(metric, q, q)), 1, atol=1e-5)
+
+
+def test_a_lone_centroid_points_along_the_mean_of_its_examples_directions() -> None:
+    metric = fit_metric([rows(6, 5, 3), rows(6, 5, 4)], 5)
+    data = rows(3, 5, 5)
+    white = unit_rows(metric.whiten(data)).mean(axis=0)
+    found = metric.whiten(centroids(data, metric, 3))[0]
+    np.testing.assert_allclose(found, white, atol=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "needed"), [(0.5, 1), (0.1, 9), (0.05, 19), (0.02, 49), (0.01, 99)])
+def test_the_least_number_of_examples(alpha: float, needed: int) -> None:
+    assert examples_needed(alpha) == needed
+    with pytest.raises(ValueError, match=f"needs {needed} held-out examples, there are {needed - 1}"):
+        threshold(np.zeros(needed - 1, np.float32), alpha)
+    scores = np.arange(needed, dtype=np.float32)
+    assert threshold(scores, alpha) == 0  # the least of all, as k = n
+
+
+def test_the_threshold_is_the_kth_of_the_nonconformities() -> None:
+    scores = np.random.default_rng(0).permutation(np.arange(100, dtype=np.float32))
+    k = math.ceil(101 * 0.9)
+    assert threshold(scores, 0.1) == -sorted(-scores)[k - 1]
+
+
+def test_the_threshold_turns_away_at_most_alpha() -> None:
+    rng = np.random.default_rng(1)
+    turned_away = [
+        float(rng.standard_normal()) < threshold(rng.standard_normal(30).astype(np.float32), 0.1) for _ in range(4000)
+    ]
+    assert 0.05 < np.mean(turned_away) < 0.1 + 3 * math.sqrt(0.1 * 0.9 / 4000)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1])
+def test_alpha_is_a_share(alpha: float) -> None:
+    with pytest.raises(ValueError, match="alpha"):
+        examples_needed(alpha)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 40), (20, 400), (400, 20)])
+def test_two_sides_that_are_apart_cost_hardly_anything(n: int, m: int) -> None:
+    own, base = np.linspace(0.5, 1, n, dtype=np.float32), np.linspace(-1, 0.1, m, dtype=np.float32)
+    calibration = calibrate(0.05, own, base)
+    assert calibration.threshold is not None
+    assert (
+        0.5 <= calibration.threshold <= 0.5 + 0.5 / m
+    )  # never below those that belong; q of an unseen score is 1/(m+1)
+    assert calibration.accepted_of_base == 0.0
+
+
+def test_two_sides_that_overlap_err_alike() -> None:
+    rng = np.random.default_rng(2)
+    own, base = (rng.standard_normal(400) + m for m in (1, -1))
+    calibration = calibrate(0.05, own.astype(np.float32), base.astype(np.float32))
+    assert calibration.turned_away == pytest.approx(calibration.accepted_of_base, abs=0.01)
+    assert "16% of them turned away" in calibration.describe() or "15% of them turned away" in calibration.describe()
+
+
+def test_few_negatives_do_not_count_and_few_examples_give_no_threshold() -> None:
+    own = np.linspace(0, 1, 20, dtype=np.float32)
+    assert calibrate(0.05, own, own[:18]).threshold == threshold(own, 0.05)
+    state = calibrate(0.05, own[:18], own)
+    assert (state.threshold, state.turned_away, state.accepted_of_base) == (None, None, None)
+    assert state.describe() == (
+        "uncalibrated: a threshold at level 0.05 needs 19 examples of adapters that have two or more, there are 18"
+    )
+
+
+def test_p_values() -> None:
+    state = calibrate(0.5, np.asarray([0.1, 0.2, 0.3], np.float32), np.zeros(0, np.float32))
+    assert [state.p_value(s) for s in (0.0, 0.25, 1.0)] == [1 / 4, 3 / 4, 1]
+
+
+def test_held_out_scores_are_of_what_took_no_part() -> None:
+    """Random labels: examples score no better for their own adapter than noise does, whitening or not."""
+    groups = [rows(8, 64, i) for i in range(10)]
+    own, negative = cross_scores(groups, rows(16, 64, 99), Shape(64, 3, 8))
+    assert (len(own), len(negative)) == (80, 16)
+    plain = [float(g.mean(axis=0) @ q) for g, q in zip(groups, rows(10, 64, 7), strict=True)]
+    assert abs(own.mean() - np.mean(plain)) < 0.1
+
+
+def test_adapters_of_one_example_give_no_held_out_score() -> None:
+    own, negative = cross_scores([rows(1, 8, 0), rows(3, 8, 1)], rows(0, 8), Shape(8, 3, 8))
+    assert (len(own), len(negative)) == (3, 0)
+    assert [len(s) for s in cross_scores([], rows(4, 8), Shape(8, 3, 8))] == [0, 0]
+
+
+def test_the_sample_does_not_depend_on_the_order() -> None:
+    groups = {str(i): rows(10, 4, i) for i in range(30)}
+    at_once = sampled(groups, 105)
+    kept: dict[str, Floats] = {}
+    for key in reversed(groups):
+        kept = sampled({**kept, key: groups[key]}, 105)
+    assert sum(map(len, at_once.values())) == 105
+    assert {k: len(g) for k, g in at_once.items()} == {k: len(g) for k, g in kept.items()}

@@ -1,0 +1,318 @@
+"""The ladder: which rung decides, among whom, and what its decision says."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from loramux.kernels.lora.interface import ModuleWeights
+from loramux.router.gallery import Gallery
+from loramux.router.interface import BASE, Floats
+from loramux.router.options import RouteOptions, RouterError
+from loramux.router.policy import Decision, RouterPolicy
+from loramux.router.weights_only import WeightsScorer
+
+DIM = 8
+AXES = np.eye(DIM, dtype=np.float32)
+
+
+class TableScorer:
+    """Scores that do not depend on the query."""
+
+    def __init__(self, table: Mapping[str, float]) -> None:
+        self.candidates = tuple(table)
+        self._row = np.asarray(list(table.values()), np.float32)
+
+    def score(self, embeddings: Floats) -> Floats:
+        return np.repeat(self._row[None], len(embeddings), axis=0)
+
+
+class AskedQuery:
+    """A query along one axis that notes what it is asked for."""
+
+    def __init__(self, axis: int = 0) -> None:
+        self.axis = axis
+        self.asked: list[object] = []
+
+    def embedding(self, encoder: str) -> Floats:
+        self.asked.append(encoder)
+        return AXES[self.axis]
+
+    def features(self, modules: Sequence[str]) -> Mapping[str, Floats]:
+        self.asked.append(tuple(modules))
+        return dict.fromkeys(modules, AXES[self.axis][None])
+
+
+def gallery(axes: Mapping[str, int], examples: int = 4) -> Gallery:
+    made = Gallery(DIM)
+    noise = np.random.default_rng(0).standard_normal((len(axes), examples, DIM)).astype(np.float32) * 0.05
+    made.put_many([(key, AXES[axis] + noise[i], "examples") for i, (key, axis) in enumerate(axes.items())])
+    return made
+
+
+def weights(axes: Mapping[str, int]) -> WeightsScorer:
+    scorer = WeightsScorer(("m",))
+    for key, axis in axes.items():
+        A = torch.from_numpy(np.concatenate([AXES[axis : axis + 1], 0.1 * AXES]))
+        scorer = scorer.with_adapter(key, {"m": ModuleWeights(A, torch.eye(DIM + 1), 1.0)})
+    return scorer
+
+
+def options(**values: Any) -> RouteOptions:
+    return RouteOptions.from_mapping(values)
+
+
+@pytest.fixture
+def policy() -> RouterPolicy:
+    """Scores of a, b and the base; examples of a, b, c; weights of all four."""
+    made = RouterPolicy(max_set_size=3)
+    made.use_scorer(TableScorer({"a": 0.4, "b": 0.7, BASE: 0.5}), "scorer's")
+    made.use_gallery(gallery({"a": 0, "b": 1, "c": 2}), "gallery's")
+    made.use_weights(weights({"a": 0, "b": 1, "c": 2, "d": 3}))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("allowed", "rung"),
+    [
+        ("a", "scores"),
+        ("ab", "scores"),  # both cover all: the better
+        ("abc", "examples"),  # examples cover more
+        ("abcd", "examples"),
+        ("abd", "scores"),  # a tie at two thirds
+        ("ad", "scores"),  # half is enough
+        ("cd", "examples"),
+        ("d", "weights"),
+        ("x", "none"),
+        ("", "none"),
+    ],
+)
+def test_the_ladder(policy: RouterPolicy, allowed: str, rung: str) -> None:
+    query = AskedQuery(0)
+    decision = policy.decide(query, list(allowed))
+    assert decision.rung == rung
+    wanted = {"scores": ["scorer's"], "examples": ["gallery's"], "weights": [("m",)], "none": []}
+    assert query.asked == wanted[rung]
+    assert {key for key, _ in decision.scores} <= set(allowed)
+
+
+def test_weights_decide_where_the_better_rungs_know_less_than_half(policy: RouterPolicy) -> None:
+    policy.use_scorer(None)
+    policy.use_gallery(gallery({"a": 0}), "gallery's")
+    decision = policy.decide(AskedQuery(3), list("abcd"))
+    assert (decision.rung, decision.chosen) == ("weights", (("d", 1.0),))
+
+
+@pytest.mark.parametrize("rung", ["scores", "examples", "weights"])
+def test_a_rung_can_be_named(policy: RouterPolicy, rung: str) -> None:
+    assert policy.decide(AskedQuery(1), ["a", "b"], options(policy=rung)).rung == rung
+    assert policy.decide(AskedQuery(1), ["a", "b"], options(policy=rung)).chosen == (("b", 1.0),)
+
+
+@pytest.mark.parametrize(("rung", "allowed"), [("scores", "cd"), ("examples", "d"), ("weights", "x")])
+def test_a_named_rung_without_data_is_an_error(policy: RouterPolicy, rung: str, allowed: str) -> None:
+    with pytest.raises(
+        RouterError, match=f"policy: '{rung}' knows none of the candidates: .*use another policy"
+    ) as info:
+        policy.decide(AskedQuery(), list(allowed), options(policy=rung))
+    assert info.value.field == "policy"
+    with pytest.raises(RouterError, match="knows none"):
+        RouterPolicy().decide(AskedQuery(), ["a"], options(policy=rung))
+
+
+def test_an_empty_pool_is_the_base_whatever_is_asked(policy: RouterPolicy) -> None:
+    for name in ("auto", "scores", "examples", "weights"):
+        decision = policy.decide(AskedQuery(), [], options(policy=name))
+        assert (decision.chosen, decision.rung, decision.abstained) == ((), "none", False)
+        assert decision.reason == "there is no adapter to choose from"
+    assert "nothing is known of the 2" in policy.decide(AskedQuery(), ["x", "y"]).reason
+
+
+def test_uncovered_candidates_are_named_and_never_chosen(policy: RouterPolicy) -> None:
+    decision = policy.decide(AskedQuery(3), ["a", "b", "c", "d"], options(threshold=-9))
+    assert "d" not in dict(decision.scores)
+    assert "examples known of 3 of 4 candidates, not considered: d" in decision.reason
+    assert "known of all 2 candidates" in policy.decide(AskedQuery(), ["a", "b"]).reason
+
+
+def test_only_allowed_candidates_are_scored(policy: RouterPolicy) -> None:
+    for rung in ("scores", "examples", "weights"):
+        decision = policy.decide(AskedQuery(1), ["a", BASE], options(policy=rung, threshold=-9))
+        assert [key for key, _ in decision.scores] == ["a"]
+        decision = policy.decide(AskedQuery(1), ["a", "b"], options(policy=rung, threshold=-9, candidates=["a"]))
+        assert decision.chosen == (("a", 1.0),)
+
+
+def test_the_scores_rung_answers_with_the_base_when_the_base_scores_best(policy: RouterPolicy) -> None:
+    decision = policy.decide(AskedQuery(), ["a"])
+    assert (decision.chosen, decision.abstained, decision.threshold) == ((), True, 0.5)
+    assert decision.scores == (("a", pytest.approx(0.4)),)
+    assert "below the threshold 0.5 (the base's predicted score)" in decision.reason
+    assert policy.decide(AskedQuery(), ["a"], options(threshold=0.3)).chosen == (("a", 1.0),)
+    policy.use_scorer(TableScorer({"a": -5.0}), "e")
+    assert policy.decide(AskedQuery(), ["a"]).chosen == (("a", 1.0),)
+
+
+def test_the_examples_rung_uses_the_calibrated_threshold() -> None:
+    policy = RouterPolicy()
+    made = gallery({"a": 0, "b": 1, "c": 2}, examples=10)
+    policy.use_gallery(made, "e")
+    decision = policy.decide(AskedQuery(0), ["a", "b", "c"])
+    assert decision.chosen == (("a", 1.0),)
+    assert decision.threshold == made.snapshot().calibration.threshold
+    away = policy.decide(AskedQuery(6), ["a", "b", "c"])
+    assert (away.chosen, away.abstained) == ((), True)
+    assert "calibrated on 30 held-out examples" in away.reason
+
+
+def test_uncalibrated_examples_say_so_and_take_the_nearer_of_base_and_adapter() -> None:
+    policy = RouterPolicy()
+    made = gallery({"a": 0, "b": 1}, examples=2)
+    policy.use_gallery(made, "e")
+    decision = policy.decide(AskedQuery(6), ["a", "b"])
+    assert decision.threshold is None
+    assert len(decision.chosen) == 1
+    assert "uncalibrated" in decision.reason
+    made.put(BASE, AXES[5:7])
+    assert policy.decide(AskedQuery(6), ["a", "b"]).chosen == ()
+    assert policy.decide(AskedQuery(1), ["a", "b"]).chosen == (("b", 1.0),)
+
+
+def test_sets(policy: RouterPolicy) -> None:
+    pair = policy.decide(AskedQuery(), ["a", "b"], options(policy="scores", top_k=2, threshold=0, temperature=0.3))
+    assert [key for key, _ in pair.chosen] == ["b", "a"]
+    assert pair.chosen[0][1] == round(16 / (1 + np.exp(-1))) / 16
+    everything = options(policy="weights", top_p=1.0, temperature=1e6)
+    assert policy.decide(AskedQuery(), list("abcd"), everything).chosen == (("a", 6 / 16), ("b", 5 / 16), ("c", 5 / 16))
+    both = options(policy="weights", top_p=1.0, top_k=2, temperature=1e6)
+    assert len(policy.decide(AskedQuery(), list("abcd"), both).chosen) == 2
+    one = options(policy="scores", top_k=2)  # a is below the base's score: every member must pass
+    assert policy.decide(AskedQuery(), ["a", "b"], one).chosen == (("b", 1.0),)
+
+
+def test_scores_are_shown_best_first_and_bounded() -> None:
+    policy = RouterPolicy(max_scores=3)
+    policy.use_scorer(TableScorer({str(i): float(i % 7) for i in range(20)}), "e")
+    decision = policy.decide(AskedQuery(), [str(i) for i in range(20)])
+    assert decision.scores == (("6", 6.0), ("13", 6.0), ("5", 5.0))
+
+
+def test_candidates_without_a_finite_score_are_never_chosen() -> None:
+    policy = RouterPolicy()
+    policy.use_scorer(TableScorer({"a": float("-inf"), "b": float("nan"), "c": -3.0}), "e")
+    assert policy.decide(AskedQuery(), ["a", "b", "c"]).scores == (("c", -3.0),)
+    decision = policy.decide(AskedQuery(), ["a", "b"])
+    assert (decision.chosen, decision.abstained) == ((), True)
+    assert "no candidate has a score" in decision.reason
+
+
+def test_an_embedding_of_no_numbers_is_answered_by_the_base() -> None:
+    policy = RouterPolicy()
+    policy.use_gallery(gallery({"a": 0, "b": 1}), "e")
+    decision = policy.plan(["a", "b"]).decide(np.full(DIM, np.nan, np.float32))
+    assert (decision.chosen, decision.scores, decision.abstained) == ((), (), True)
+
+
+def test_a_forgotten_adapter_is_in_no_rung(policy: RouterPolicy) -> None:
+    policy.forget("b")
+    for rung in ("scores", "examples", "weights"):
+        decision = policy.decide(AskedQuery(1), ["a", "b"], options(policy=rung, threshold=-9))
+        assert [key for key, _ in decision.scores] == ["a"]
+    policy.use_scorer(TableScorer({"b": 1.0}), "e")
+    assert policy.decide(AskedQuery(1), ["b"]).chosen == (("b", 1.0),)
+    RouterPolicy().forget("anything")
+
+
+def test_a_plan_is_not_touched_by_later_changes(policy: RouterPolicy) -> None:
+    plan = policy.plan(["a", "b", "c"])
+    policy.forget("c")
+    policy.use_gallery(None)
+    assert (plan.rung, plan.encoder, plan.modules) == ("examples", "gallery's", ())
+    assert plan.decide(AXES[2]).chosen == (("c", 1.0),)
+
+
+def test_a_plan_without_what_it_needs_is_refused(policy: RouterPolicy) -> None:
+    with pytest.raises(ValueError, match="needs an embedding by gallery's"):
+        policy.plan(["a", "b", "c"]).decide()
+    with pytest.raises(ValueError, match="needs features"):
+        policy.plan(["d"]).decide(AXES[0])
+
+
+def test_weights_scores_may_come_from_the_engine(policy: RouterPolicy) -> None:
+    plan = policy.plan(["a", "d"], options(policy="weights"))
+    decision = plan.decide(responses={"a": 0.1, "d": 0.2, "b": 9.0})
+    assert decision.scores == (("d", pytest.approx(0.2)), ("a", pytest.approx(0.1)))
+    assert "cannot tell that none fits" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"policy": "best"}, "policy"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": "0.5"}, "top_p"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"candidates": []}, "candidates"),
+        ({"candidates": "a"}, "candidates"),
+        ({"candidates": ["a", 1]}, "candidates"),
+        ({"candidates": [""]}, "candidates"),
+        ({"candidates": ["stranger"]}, "candidates"),
+        ({"top_k": 4}, "top_k"),
+        ({"topk": 4}, "topk"),
+    ],
+)
+def test_impossible_options_name_the_field(policy: RouterPolicy, values: dict[str, Any], field: str) -> None:
+    with pytest.raises(RouterError) as info:
+        policy.decide(AskedQuery(), ["a", "b"], options(**values))
+    assert info.value.field == field
+    assert str(info.value).startswith(f"{field}: ")
+
+
+def test_settings_are_checked() -> None:
+    for settings in ({"max_set_size": 0}, {"max_scores": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            RouterPolicy(**settings)
+    for use in (RouterPolicy().use_scorer, RouterPolicy().use_gallery):
+        with pytest.raises(ValueError, match="encoder must name"):
+            use(object())  # type: ignore[arg-type]
+
+
+def test_decisions_while_adapters_come_and_go(policy: RouterPolicy) -> None:
+    made = gallery({"a": 0, "b": 1, "c": 2})
+    policy.use_scorer(None)
+    policy.use_gallery(made, "e")
+    decisions: list[Decision] = []
+    failures: list[Exception] = []
+    stop = threading.Event()
+
+    def decide() -> None:
+        try:
+            while not stop.is_set():
+                decisions.append(policy.decide(AskedQuery(1), ["a", "b", "c", "e"], options(threshold=-9)))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=decide) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for i in range(40):
+        made.put("e", AXES[4:5] + 0.01 * i)
+        policy.forget("e")
+    policy.forget("c")
+    after = policy.decide(AskedQuery(2), ["a", "b", "c"], options(threshold=-9))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert decisions
+    assert {d.chosen for d in decisions} == {(("b", 1.0),)}
+    assert "c" not in dict(after.scores)
