@@ -137,8 +137,11 @@ def test_errors_become_the_clients_exceptions(world: World) -> None:
         with pytest.raises(openai.BadRequestError) as unsupported:
             client.chat.completions.create(model="base", messages=MESSAGES, **extra)  # type: ignore[call-overload]
         assert unsupported.value.param == next(iter(extra))
-    with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="auto", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.chat.completions.create(model="auto", messages=MESSAGES, extra_body={"router": {"top_k": 0}})
+    assert wrong.value.param == "router.top_k"
+    answer = client.chat.completions.create(model="auto", messages=MESSAGES, max_tokens=2)
+    assert answer.choices[0].finish_reason in ("stop", "length")
 
 
 def test_models_list_the_adapters(world: World) -> None:
