@@ -134,7 +134,7 @@ class DecodeGraphs:
         self._attention.begin(chunks, places, decode_rows=size)
         try:
             state.lora = self._backend.plan(segments, size, padded=True)
-            if state.lora is not None and self._heads:
+            if state.lora is not None and any(state.lora.touches(head) for head in self._heads):
                 singles = [Segment(t, t + 1, s.adapters) for s in segments for t in range(s.start, s.end)]
                 state.lora_rows = self._backend.plan(singles, size, lane="rows", padded=True)
             graph = self._graphs.get((size, _key(state.lora), _key(state.lora_rows)))
