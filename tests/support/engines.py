@@ -1,5 +1,6 @@
 """An engine core in this process, driven to the end."""
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def drain(core: EngineCore) -> dict[str, list[EngineOutput]]:
             return found
         for output in core.step().outputs:
             found.setdefault(output.request_id, []).append(output)
+        if core.is_waiting_only():
+            time.sleep(0.001)  # adapters are on their way: leave the loader's thread the processor
     raise RuntimeError(f"the engine still has work after {MAX_STEPS} steps")
 
 
