@@ -7,6 +7,7 @@ A bare image with torch, triton, transformers (and peft, as the peer) is enough.
     correctness   kernels against float64, the engine's greedy tokens against merged weights; what fails is not measured
     ceilings      copy bandwidth and a large matrix product: what the floors are computed with
     lora          shrink and expand over adapters x ranks x tokens, beside a PEFT-style loop and a gather with bmm
+    linear        a projection with adapters: each way to hide the LoRA path beside the plain one
     attention     paged decode, prompts and mixed steps, beside gathered pages and torch's attention
     decode        the engine's step: base, 1, 8, 32, 128 distinct adapters; Llama-3.1-8B and Qwen2.5-0.5B shapes
     workload      S-LoRA's workload through the engine, adapter loads included, and through PEFT
@@ -60,6 +61,7 @@ SECTIONS = (
     Section("correctness", 8, "gpu_correctness"),
     Section("ceilings", 1, "gpu_ceilings"),
     Section("lora", 8, "gpu_lora", needs=("LoRA kernels",)),
+    Section("linear", 4, "gpu_linear", needs=("LoRA kernels",)),
     Section("attention", 4, "gpu_attention", needs=("attention kernels",)),
     Section("decode", 9, "gpu_engine", "run_decode", "show_decode", needs=("engine",)),
     Section("workload", 15, "gpu_workload", needs=("engine",)),

@@ -31,7 +31,7 @@ from report import table
 
 from loramux.adapters_store.canonical import read_canonical
 from loramux.adapters_store.digests import blob_path
-from loramux.kernels.cost import Step, adapter_bytes, step_costs
+from loramux.kernels.cost import Step, adapter_bytes, step_costs, step_floor
 from loramux.kernels.lora import Segment
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.core import EngineCore
@@ -78,7 +78,7 @@ SWITCHED = Sizes(512, 60, ((32, 0), (32, 32)))
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Settings that turn one thing from its default. What takes a compiler minutes at toy sizes is not `small`."""
+    """Settings that turn one thing from its default. What needs a card, or minutes at toy sizes, is not `small`."""
 
     name: str
     settings: dict[str, Any]
@@ -94,6 +94,10 @@ SWITCHES = (
     Switch("projections apart", {"packed_projections": False}),
     Switch("torch attention", {"attention_implementation": "torch"}),
     Switch("torch LoRA", {"lora_implementation": "torch"}),
+    Switch("LoRA folded", {"lora_fold": True}, small=False),
+    Switch("shrink on a side stream", {"lora_overlap": "stream"}, small=False),
+    Switch("expand launched early", {"lora_overlap": "launch"}, small=False),
+    Switch("LoRA folded, launched early", {"lora_overlap": "launch", "lora_fold": True}, small=False),
 )
 
 
@@ -179,7 +183,7 @@ def decode(
     return {"seconds": statistics.fmean(gaps), "median_seconds": statistics.median(gaps), "worst_seconds": max(gaps)}
 
 
-def floor(bench: Bench, shape: Shape, rows: int, distinct: int, sizes: Sizes) -> float | None:
+def floor(bench: Bench, shape: Shape, rows: int, distinct: int, sizes: Sizes, *, fold: bool = False) -> float | None:
     """The least seconds of such a step, in the middle of the measurement."""
     if bench.peaks is None:
         return None
@@ -192,8 +196,9 @@ def floor(bench: Bench, shape: Shape, rows: int, distinct: int, sizes: Sizes) ->
         shape.costs(bench.itemsize),
         Step(((1, context),) * rows, tuple(segments)),
         dict.fromkeys(range(distinct), ranks),
+        fold=fold,
     )
-    return bench.floor(*costs.values())
+    return step_floor(costs, bench.peaks)
 
 
 def arena_for(bench: Bench, shape: Shape, wanted: int) -> tuple[int, int]:
@@ -310,7 +315,12 @@ def _switch(
         for batch, distinct in sizes.arms:
             if distinct <= len(digests):
                 found = decode(bench, core, shape.vocab, names_of(digests, batch, distinct), sizes, deadline)
-                rows.append({"sequences": batch, "adapters": distinct, **found})
+                fold = bool(switch.settings.get("lora_fold"))
+                least = floor(bench, shape, batch, distinct, sizes, fold=fold)
+                share = ratio(least, found["seconds"])
+                rows.append(
+                    {"sequences": batch, "adapters": distinct, **found, "floor_seconds": least, "floor_share": share}
+                )
     return rows
 
 
@@ -383,15 +393,15 @@ def show_decode(result: Result) -> str:
 
 def show_switches(result: Result) -> str:
     """The switches."""
-    lines = [["switch turned", "adapters", "ms", "of default"]]
+    lines = [["switch turned", "adapters", "ms", "of default", "floor ms", "floor/ours"]]
     for row in result["rows"]:
         if "error" in row:
-            lines.append([f"{row['shape']}, {row['switch']}: {row['error'][:100]}", "", "", ""])
+            lines.append([f"{row['shape']}, {row['switch']}: {row['error'][:100]}", "", "", "", "", ""])
             continue
         lines.append(
             [
                 f"{row['shape']}, {row['switch']}", str(row["adapters"]), ms(row["seconds"]),
-                times(row["default_ratio"]),
+                times(row["default_ratio"]), ms(row["floor_seconds"]), percent(row["floor_share"]),
             ]
         )  # fmt: skip
     return table(lines)

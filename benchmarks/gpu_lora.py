@@ -11,6 +11,7 @@ The floor is `kernels/cost.py`'s bytes and FLOPs at this run's ceilings.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from gpu_timing import Bench, Deadline, Result, error, percent, ratio, times, us
@@ -19,7 +20,16 @@ from torch import Tensor
 
 from loramux.kernels.cost import Cost, expand, shrink
 from loramux.kernels.lora import LoraBackend, ModuleWeights, Segment, Site, SiteSlice, add_reference, make_backend
-from loramux.kernels.lora.cases import Case, Weights, check, large_cases, load, relative_error, small_cases
+from loramux.kernels.lora.cases import (
+    Case,
+    Weights,
+    check,
+    check_folded,
+    large_cases,
+    load,
+    relative_error,
+    small_cases,
+)
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 COLD_BYTES = 64 << 20
@@ -62,20 +72,25 @@ class Cell:
 
 
 def check_cases(bench: Bench, rows: list[Result], deadline: Deadline) -> None:
-    """Every case of `kernels.lora.cases` in the benchmark's dtype: its relative error, and whether that is good.
+    """Every case of `kernels.lora.cases` in the benchmark's dtype, apart and folded: its error, and whether it is good.
 
     Cases of the sizes that models have come first, in case that the time does not suffice for all.
     """
     cases: Sequence[Case] = small_cases()[:4] if bench.small else [*large_cases(), *small_cases()]
     for case in cases:
         deadline.check()
-        backend = make_backend(
-            [case.site], dtype=bench.dtype, device=bench.device, budget_bytes=1 << 28, max_slots=160, max_tokens=2048,
-            max_set_rank=600,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "sites": [case.site], "dtype": bench.dtype, "device": bench.device, "budget_bytes": 1 << 28,
+            "max_slots": 160, "max_tokens": 2048, "max_set_rank": 600,
+        }  # fmt: skip
+        backend = make_backend(**options)
         weights = case.weights(bench.dtype)
         found = check(backend, case, [load(backend, adapter) for adapter in weights], weights)
         rows.append({"case": case.name, "error": found, "good": found <= TOLERANCE[bench.dtype]})
+        deadline.check()
+        backend = make_backend(**options, implementation="triton", fold=True)
+        found = check_folded(backend, case, [load(backend, adapter) for adapter in weights], weights)
+        rows.append({"case": f"{case.name}, folded", "error": found, "good": found <= TOLERANCE[bench.dtype]})
 
 
 def cells(small: bool) -> list[Cell]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from workload import Request, prompt_ids
 
 from loramux.adapters_store.canonical import CanonicalTensor, Part, write_canonical
 from loramux.adapters_store.digests import blob_path, digest_from_hex
 from loramux.kernels.attention.interface import AttentionShape
 from loramux.kernels.cost import Model, decoder
+from loramux.server.bench.workload import Request, prompt_ids
 from loramux.server.engine.attention import ATTENTION_NAME, register_attention
 from loramux.server.engine.loading import LoadedModel, prepare_model
 

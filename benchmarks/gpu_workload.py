@@ -26,11 +26,11 @@ from gpu_models import (
     write_adapters,
 )
 from gpu_timing import Bench, Deadline, OutOfTimeError, Result
-from latency import Run, summarise
-from openai_stream import Call, Outcome
 from report import table
-from workload import Request, Workload, generate, prompt_ids
 
+from loramux.server.bench.latency import Run, summarise
+from loramux.server.bench.openai_stream import Call, Outcome
+from loramux.server.bench.workload import Request, Workload, generate, prompt_ids
 from loramux.server.engine.core import EngineCore
 
 RANK = 8

@@ -1,11 +1,15 @@
 """Searches block shapes, warps and stages of the LoRA kernels on this machine's card and writes its launch table.
 
-    PYTHONPATH=src python benchmarks/tune.py --features 1024 4096 16384
+    PYTHONPATH=src python benchmarks/tune.py --features 1024 4096 16384 --folds 4096x6144 4096x4096
 
 For each feature class, decode is timed as 32 distinct adapters of rank 16 with one token each, prefill as 4 segments of
 512 tokens. Every site of a run has its own adapters, of more bytes than a card's cache holds, so that weights come from
 memory as they do between the layers of a model. A configuration that is wrong against float64, or spills registers on
 any card the kernels are held to, is not chosen.
+
+For each of `--folds`, a projection of so many inputs x outputs, the folded kernel is timed beside the library's product
+and the expand, in steps of several numbers of tokens with up to 32 adapters, and the ratio is written whichever won:
+the server folds by itself where it is below 1. All of them start from the same shrink, whose seconds are taken off.
 """
 
 import argparse
@@ -13,13 +17,14 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from report import environment
+from torch.nn import functional as F
 
 from loramux.kernels.lora import (
     LaunchTable,
@@ -31,12 +36,14 @@ from loramux.kernels.lora import (
     SiteSlice,
     make_backend,
 )
-from loramux.kernels.lora.ahead import CAPABILITIES, compile_expand, compile_shrink
-from loramux.kernels.lora.cases import Case, check, load
+from loramux.kernels.lora.ahead import CAPABILITIES, compile_expand, compile_fold, compile_shrink
+from loramux.kernels.lora.candidates import BLOCK_KS, TILES, expand_configs, fold_configs, shrink_configs
+from loramux.kernels.lora.cases import Case, check, check_folded, load
 from loramux.kernels.lora.launch import (
     VARIANTS,
     Entry,
     ExpandConfig,
+    FoldEntry,
     ShrinkConfig,
     Tile,
     VariantName,
@@ -50,23 +57,20 @@ COLD_BYTES = 1 << 28
 RANK = 16
 ROUNDS = 15
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-TILES: dict[VariantName, tuple[Tile, ...]] = {"decode": (Tile(16, 16),), "prefill": (Tile(32, 32), Tile(64, 32))}
+FOLD_TOKENS = (1, 16, 32, 128, 512)
+"""Tokens of the steps that folding is tried in; longer ones are never folded by themselves."""
+FOLD_ADAPTERS = 32
+FOLD_SHAPES = (
+    (4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (896, 1152), (896, 896), (896, 9728), (4864, 896),
+)  # fmt: skip
+"""Packed projections of an 8B and of a 0.5B model."""
 
 Timer = Callable[[Entry], tuple[float, float]]
 """Seconds of (shrink, expand) per site at an entry's configurations and features."""
 Check = Callable[[Entry], bool]
-
-
-def shrink_configs(tile: Tile, block_k: int) -> Iterator[ShrinkConfig]:
-    """The shrinks that are tried."""
-    for num_warps, num_stages in itertools.product((2, 4, 8), (2, 4)):
-        yield ShrinkConfig(tile.block_m, tile.block_r, block_k, num_warps, num_stages)
-
-
-def expand_configs(tile: Tile) -> Iterator[ExpandConfig]:
-    """The expands that are tried."""
-    for block_n, num_warps in itertools.product((64, 128), (2, 4, 8)):
-        yield ExpandConfig(tile.block_m, tile.block_r, block_n, num_warps, 2)
+FoldTimer = Callable[[FoldEntry | None, int, int, int], float]
+"""Seconds per site of (a folded projection, or None for product and expand apart; inputs, outputs, tokens)."""
+FoldCheck = Callable[[FoldEntry], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def search(
     time: Timer,
     is_right: Check,
     tiles: dict[VariantName, tuple[Tile, ...]] | None = None,
-    block_ks: Sequence[int] = (64, 128, 256),
+    block_ks: Sequence[int] = BLOCK_KS,
 ) -> list[Entry]:
     """The table's entries: both variants of every feature class.
 
@@ -143,6 +147,27 @@ def _best(tried: Iterable[tuple[Entry, int]], time: Timer, base: tuple[float, fl
     """The quickest right one of entries, each with the kernel (0 shrink, 1 expand) that it is timed for."""
     timed = sorted(((time(entry)[kernel] / base[kernel], entry) for entry, kernel in tried), key=lambda pair: pair[0])
     return next((Best(entry, ratio) for ratio, entry in timed if ratio < float("inf") and is_right(entry)), None)
+
+
+def search_folds(
+    dtype: torch.dtype,
+    shapes: Iterable[tuple[int, int]],
+    time: FoldTimer,
+    is_right: FoldCheck,
+    tokens: Sequence[int] = FOLD_TOKENS,
+) -> list[FoldEntry]:
+    """The quickest right folded projection of each (inputs, outputs) and number of tokens, with its ratio to the
+    product and the expand apart, above 1 or below. A shape where none is right has no entry."""
+    found: list[FoldEntry] = []
+    for (inputs, outputs), count in itertools.product(shapes, tokens):
+        apart = time(None, inputs, outputs, count)
+        tried = [FoldEntry(dtype_name(dtype), inputs, outputs, count, 1.0, config) for config in fold_configs(count)]
+        timed = sorted(((time(entry, inputs, outputs, count), entry) for entry in tried), key=lambda pair: pair[0])
+        for seconds, entry in timed:
+            if seconds < float("inf") and is_right(entry):
+                found.append(replace(entry, ratio=seconds / apart))
+                break
+    return found
 
 
 class Card:
@@ -209,7 +234,73 @@ class Card:
                 compile_expand(self._dtype, entry.expand, capability),
             )
         )
-        return not any(code.spills for code in codes)
+        return not any(code.spills or not code.fits for code in codes)
+
+    def time_fold(self, entry: FoldEntry | None, inputs: int, outputs: int, tokens: int) -> float:
+        """Seconds per site of the folded projection, or of product and expand, beyond those of the shrink."""
+        try:
+            return self._measure_fold(entry, inputs, outputs, tokens)
+        except Exception as error:  # a shape that asks for more shared memory than there is, say
+            sys.stderr.write(f"{entry}: {error}\n")
+            return float("inf")
+
+    def _measure_fold(self, entry: FoldEntry | None, inputs: int, outputs: int, tokens: int) -> float:
+        size, count = self._dtype.itemsize, min(tokens, FOLD_ADAPTERS)
+        per_site = count * RANK * (inputs + outputs) * size
+        sites = [
+            Site(number, inputs, (SiteSlice(f"m{number}", outputs),))
+            for number in range(max(2, -(-COLD_BYTES // (inputs * outputs * size))))
+        ]
+        backend = make_backend(
+            sites, dtype=self._dtype, device="cuda", budget_bytes=2 * per_site * len(sites), max_slots=count,
+            max_tokens=max(tokens, 16), implementation="triton", fold=entry is not None,
+            table=LaunchTable(folds=[] if entry is None else [entry]),
+        )  # fmt: skip
+        A = torch.randn(RANK, inputs, device="cuda", dtype=self._dtype) * inputs**-0.5
+        B = torch.randn(outputs, RANK, device="cuda", dtype=self._dtype)
+        slots = [
+            load(backend, {site.slices[0].module: ModuleWeights(A, B, 1.0) for site in sites}) for _ in range(count)
+        ]
+        edges = [number * tokens // count for number in range(count + 1)]
+        segments = [
+            Segment(low, high, ((slot, 1.0),))
+            for slot, (low, high) in zip(slots, itertools.pairwise(edges), strict=True)
+        ]
+        plan = backend.plan(segments, tokens)
+        assert plan is not None
+        x = torch.randn(tokens, inputs, device="cuda", dtype=self._dtype)
+        weights = [torch.randn(outputs, inputs, device="cuda", dtype=self._dtype) for _ in sites]
+
+        def whole() -> None:
+            for site, weight in zip(sites, weights, strict=True):
+                if entry is not None:
+                    backend.project(site, x, weight, None, plan)
+                    continue
+                backend.add(site, x, F.linear(x, weight), plan)
+
+        shrink = _replay_seconds(lambda: _run(backend, sites, x, None, plan))
+        return (_replay_seconds(whole) - shrink) / len(sites)
+
+    def fold_is_right(self, entry: FoldEntry) -> bool:
+        """`is_right` for a folded projection, with records of both variants."""
+        outs = (entry.out_features - entry.out_features // 4, entry.out_features // 4)
+        runs = ((min(entry.tokens, 16), ((0, 1.0),)), (70, ((1, 0.5),)))
+        case = Case("tune", entry.in_features, outs, ((16, 16), (40, 3)), runs)
+        weights = case.weights(self._dtype)
+        backend = make_backend(
+            [case.site], dtype=self._dtype, device="cuda", budget_bytes=1 << 28, max_slots=2, max_tokens=256,
+            implementation="triton", fold=True, table=LaunchTable(folds=[replace(entry, tokens=256)]),
+        )  # fmt: skip
+        slots = [load(backend, adapter) for adapter in weights]
+        if not check_folded(backend, case, slots, weights) <= TOLERANCE[self._dtype]:
+            return False
+        codes = (
+            compile_fold(
+                self._dtype, entry.fold, entry.in_features, capability, partials=(8, 1), scaled=True, gates=True
+            )
+            for capability in CAPABILITIES
+        )
+        return not any(code.spills or not code.fits for code in codes)
 
 
 def _both(entry: Entry) -> list[Entry]:
@@ -249,23 +340,35 @@ def _replay_seconds(work: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def write_table(path: Path, where: dict[str, Any], entries: Iterable[Entry]) -> None:
-    """Writes entries as the table of a card that `report.environment` described, and reads it back as a check."""
+def write_table(path: Path, where: dict[str, Any], entries: Iterable[Entry], folds: Iterable[FoldEntry]) -> None:
+    """Writes the table of a card that `report.environment` described, and reads it back as a check."""
     content = {
         "card": where["card"],
         "date": where["date"],
         "versions": {**where["packages"], "cuda": str(torch.version.cuda)},
         "entries": [asdict(entry) for entry in entries],
+        "folds": [asdict(fold) for fold in folds],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     load_table(path)
 
 
+def _shape(text: str) -> tuple[int, int]:
+    """`4096x6144` as numbers. Raises ArgumentTypeError."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not INxOUT, such as 4096x6144")
+    return int(parts[0]), int(parts[1])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 without a card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument(
+        "--folds", type=_shape, nargs="*", default=FOLD_SHAPES, metavar="INxOUT", help="projections to try folding in"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=[dtype_name(dtype) for dtype in DTYPES])
     parser.add_argument("--folder", type=Path, default=TABLES, help="where the card's table is written")
     options = parser.parse_args(arguments)
@@ -273,12 +376,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("tune.py measures on a CUDA card, and this machine has none\n")
         return 1
     entries: list[Entry] = []
+    folds: list[FoldEntry] = []
     for dtype in map(_dtype, options.dtypes):
         card = Card(dtype)
         entries.extend(search(dtype, sorted(set(options.features)), card.time, card.is_right))
+        folds.extend(search_folds(dtype, dict.fromkeys(options.folds), card.time_fold, card.fold_is_right))
     where = environment()
     path = options.folder / f"{card_slug(where['card'])}.json"
-    write_table(path, where, entries)
+    write_table(path, where, entries, folds)
     print(path)
     return 0
 

@@ -1,6 +1,7 @@
 """Device memory of fixed address that the host fills anew for every step."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -15,6 +16,7 @@ class StaticBuffer:
         with torch.inference_mode(False):
             self.tensor = torch.zeros(rows, width, dtype=torch.int32, device=device)
             self._hosts = [torch.zeros(rows, width, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
+        self._arrays = [host.numpy() for host in self._hosts]
         self._events = [torch.cuda.Event() for _ in range(2)] if cuda else []  # type: ignore[no-untyped-call]
         self._turn = 0
 
@@ -23,13 +25,23 @@ class StaticBuffer:
 
         Raises ValueError for more rows than there are.
         """
-        if len(values) > len(self.tensor):
-            raise ValueError(f"{len(values)} rows of step metadata exceed {len(self.tensor)}")
+        self.begin(len(values))[:] = values
+        self.end(len(values))
+
+    def begin(self, rows: int) -> npt.NDArray[np.int32]:
+        """The [rows, width] host numbers to fill before `end`; what they hold now is not told.
+
+        Raises ValueError for more rows than there are.
+        """
+        if rows > len(self.tensor):
+            raise ValueError(f"{rows} rows of step metadata exceed {len(self.tensor)}")
         self._turn ^= 1
         if self._events:
             self._events[self._turn].synchronize()  # the copy of two writes ago, long done
-        host = self._hosts[self._turn]
-        host[: len(values)].numpy()[:] = values
-        self.tensor[: len(values)].copy_(host[: len(values)], non_blocking=True)
+        return self._arrays[self._turn][:rows]
+
+    def end(self, rows: int) -> None:
+        """Copies what `begin` gave to the front of the tensor, on the current stream, without waiting for it."""
+        self.tensor[:rows].copy_(self._hosts[self._turn][:rows], non_blocking=True)
         if self._events:
             self._events[self._turn].record()

@@ -2,26 +2,40 @@
 
 With e bytes per element, T tokens, and everything read or written once:
 
-    product       bytes e (in out + T (in + out))                             flops 2 T in out
+    product       bytes e (in out + T (in + out) [+ out: bias])               flops 2 T in out [+ T out]
+    scale input   bytes e (G in + 2 T' in) [+ 4 N]                            flops (2 N + T') in
     shrink        bytes e (sum over distinct adapters of r in  +  T' in) + 4 H    flops 2 H in    per slice
     expand        bytes e (sum over distinct adapters of r out + 2 T' out) + 4 H  flops 2 H out   per slice
+      its gates         bytes 4 N, once for all slices                        flops H
+      its scale vectors bytes e G out                                         flops 3 N out
+    folded        product and expand together, less the 2 T' out of the expand
     KV write      bytes 2 e T kv_heads (k_dim + v_dim)                        flops 0
     attention     bytes e (kv_heads (k_dim + v_dim) K + T heads (k_dim + v_dim))
                   flops 2 heads (k_dim + v_dim) P
+    embedding     bytes 2 e T d                                               flops 0
+    norm          bytes e (d + 2 T d)                                         flops 4 T d
+    residual      bytes 3 e T d                                               flops T d
+    rotary        bytes e (2 T heads k_dim + 2 T k_dim)                       flops 3 T heads k_dim
+    activation    bytes 3 e T d                                               flops 5 T d
 
 r is an adapter's rank in the slice, T' the tokens with an adapter there, H the sum of ranks over tokens and their
 adapters (float32 between shrink and expand), K the keys visible to any query of a sequence, P the pairs of a query and
-a key it sees. A slice that no adapter touches costs nothing. The expand adds into its output, hence its factor 2.
+a key it sees. Of the scale vectors, G are the distinct adapters that have one there, N the pairs of a token and such an
+adapter; of gates, N are the pairs of a token and an adapter of its set that has anything there. A slice that no adapter
+touches costs nothing. The expand adds into its output, hence its factor 2. Rotary heads are those of queries and keys,
+with a cosine and a sine per token and dimension; an activation takes two rows (gate, up) to one.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loramux.kernels.attention.interface import AttentionShape
-from loramux.kernels.lora.interface import Segment, Site, SiteSlice
+from loramux.kernels.lora.interface import ScaleName, Segment, Site, SiteSlice
 
 Ranks = Mapping[int, Mapping[str, int]]
 """{slot: {module: rank}}; modules that an adapter does not touch are absent."""
+Scales = Collection[tuple[int, str, ScaleName]]
+"""(slot, module, which) of each scale vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +78,20 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer's attention and its window (None: all earlier tokens)."""
+    """A layer's attention, its window (None: all earlier tokens), and the width of its gated activation."""
 
     attention: AttentionShape
     window: int | None = None
+    intermediate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """What a step runs: the projections of all layers, then the output projection for the rows that are sampled.
 
-    `itemsize` is the bytes of an element of weights, activations and caches. Norms, rotary embedding and gated
-    activations are left out, as they can be fused, and so are routers of experts.
+    `itemsize` is the bytes of an element of weights, activations and caches. Each layer has two norms of `hidden` and
+    two residual additions, a rotary embedding and a gated activation; one more norm precedes the output projection.
+    Routers of experts are left out.
     """
 
     sites: tuple[Site, ...]
@@ -84,9 +100,18 @@ class Model:
     itemsize: int = 2
 
     @property
+    def hidden(self) -> int:
+        """The width of the residual stream."""
+        return self.head.in_features
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all projections, the output projection included; the input embedding is not."""
         return sum(site.in_features * site.out_features for site in (*self.sites, self.head)) * self.itemsize
+
+
+FUSABLE = frozenset({"norm", "residual", "rotary", "activation"})
+"""Operations of a step that may ride in the reads and writes of their neighbours: a floor does not count them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +131,12 @@ class Step:
         return sum(queries for queries, _ in self.sequences)
 
 
-def product(tokens: int, in_features: int, out_features: int, itemsize: int = 2) -> Cost:
-    """y = x W^T for x [tokens, in] and W [out, in]."""
+def product(tokens: int, in_features: int, out_features: int, itemsize: int = 2, *, bias: bool = False) -> Cost:
+    """y = x W^T (+ b) for x [tokens, in] and W [out, in]."""
     return Cost(
-        in_features * out_features * itemsize,
+        (in_features + bias) * out_features * itemsize,
         tokens * (in_features + out_features) * itemsize,
-        2 * tokens * in_features * out_features,
+        (2 * in_features + bias) * tokens * out_features,
     )
 
 
@@ -123,48 +148,99 @@ def adapter_bytes(sites: Iterable[Site], rank: int, itemsize: int = 2) -> int:
 def shrink(site: Site, segments: Sequence[Segment], ranks: Ranks, itemsize: int = 2) -> Cost:
     """h = A x of every adapter at one site; x is read once, however many slices it feeds."""
     weights = flops = width = 0
+    anywhere: set[int] = set()
     for part in site.slices:
         summed, elements = _ranks(part, segments, ranks)
         weights += summed * site.in_features
         flops += 2 * elements * site.in_features
         width += elements
-    tokens = sum(
-        segment.end - segment.start
-        for segment in segments
-        if any(_rank(part, slot, ranks) for part in site.slices for slot, _ in segment.adapters)
+        anywhere |= _paired(part, segments, ranks)
+    read = _tokens(segments, anywhere) * site.in_features
+    return Cost(weights * itemsize, read * itemsize + 4 * width, flops)
+
+
+def scale_input(
+    site: Site, segments: Sequence[Segment], scales: Scales, itemsize: int = 2, *, gated: bool = False
+) -> Cost:
+    """x' = x + sum_i w_i (l_i - 1) o x at one site; only the rows that are scaled are counted."""
+    scaled = {slot for part in site.slices for slot in _scaled(part, "in", segments, scales)}
+    pairs, tokens, width = _pairs(segments, scaled), _tokens(segments, scaled), site.in_features
+    return Cost(
+        len(scaled) * width * itemsize,
+        2 * tokens * width * itemsize + 4 * pairs * gated,
+        (2 * pairs + tokens) * width,
     )
-    return Cost(weights * itemsize, tokens * site.in_features * itemsize + 4 * width, flops)
 
 
-def expand(site: Site, segments: Sequence[Segment], ranks: Ranks, itemsize: int = 2) -> Cost:
-    """out += B h of every adapter at one site."""
+def expand(
+    site: Site, segments: Sequence[Segment], ranks: Ranks, itemsize: int = 2, *, scales: Scales = frozenset(),
+    gated: bool = False,
+) -> Cost:  # fmt: skip
+    """out += B h of every adapter at one site, with the gates and the output scale vectors that there are."""
     cost = Cost()
+    anywhere: set[int] = set()
     for part in site.slices:
         summed, elements = _ranks(part, segments, ranks)
-        tokens = sum(
-            segment.end - segment.start
-            for segment in segments
-            if any(_rank(part, slot, ranks) for slot, _ in segment.adapters)
-        )
+        scaled = _scaled(part, "out", segments, scales)
+        here = scaled | _paired(part, segments, ranks)
+        anywhere |= here
         cost += Cost(
-            summed * part.out_features * itemsize,
-            2 * tokens * part.out_features * itemsize + 4 * elements,
-            2 * elements * part.out_features,
+            (summed + len(scaled)) * part.out_features * itemsize,
+            2 * _tokens(segments, here) * part.out_features * itemsize + 4 * elements,
+            (2 * elements + 3 * _pairs(segments, scaled)) * part.out_features + elements * gated,
         )
-    return cost
+    return cost + Cost(activation_bytes=4 * _pairs(segments, anywhere) * gated)
+
+
+def folded(
+    site: Site, tokens: int, segments: Sequence[Segment], ranks: Ranks, itemsize: int = 2, *, bias: bool = False,
+    scales: Scales = frozenset(), gated: bool = False,
+) -> Cost:  # fmt: skip
+    """y = x' W^T (+ b) + B h in one kernel: the product's output is not read and written again."""
+    cost = product(tokens, site.in_features, site.out_features, itemsize, bias=bias)
+    cost += expand(site, segments, ranks, itemsize, scales=scales, gated=gated)
+    again = 0
+    for part in site.slices:
+        here = _paired(part, segments, ranks) | _scaled(part, "out", segments, scales)
+        again += 2 * part.out_features * _tokens(segments, here)
+    return cost + Cost(activation_bytes=-again * itemsize)
 
 
 def _rank(part: SiteSlice, slot: int, ranks: Ranks) -> int:
     return ranks[slot].get(part.module, 0)
 
 
+def _slots(segments: Sequence[Segment]) -> set[int]:
+    """The distinct adapters of a step."""
+    return {slot for segment in segments for slot, _ in segment.adapters}
+
+
+def _paired(part: SiteSlice, segments: Sequence[Segment], ranks: Ranks) -> set[int]:
+    """The distinct adapters with a pair at one slice."""
+    return {slot for slot in _slots(segments) if _rank(part, slot, ranks)}
+
+
+def _scaled(part: SiteSlice, which: ScaleName, segments: Sequence[Segment], scales: Scales) -> set[int]:
+    """The distinct adapters with a scale vector at one slice."""
+    return {slot for slot in _slots(segments) if (slot, part.module, which) in scales}
+
+
+def _tokens(segments: Sequence[Segment], slots: Collection[int]) -> int:
+    """Tokens whose set has any of these adapters."""
+    return sum(s.end - s.start for s in segments if any(slot in slots for slot, _ in s.adapters))
+
+
+def _pairs(segments: Sequence[Segment], slots: Collection[int]) -> int:
+    """Pairs of a token and one of these adapters in its set."""
+    return sum((s.end - s.start) * sum(slot in slots for slot, _ in s.adapters) for s in segments)
+
+
 def _ranks(part: SiteSlice, segments: Sequence[Segment], ranks: Ranks) -> tuple[int, int]:
     """(sum of ranks over distinct adapters, sum of ranks over tokens and their adapters) at one slice."""
-    distinct = {slot for segment in segments for slot, _ in segment.adapters}
     elements = sum(
         (segment.end - segment.start) * _rank(part, slot, ranks) for segment in segments for slot, _ in segment.adapters
     )
-    return sum(_rank(part, slot, ranks) for slot in distinct), elements
+    return sum(_rank(part, slot, ranks) for slot in _slots(segments)), elements
 
 
 def visible_keys(queries: int, context: int, window: int | None = None) -> tuple[int, int]:
@@ -197,29 +273,77 @@ def kv_write(shape: AttentionShape, tokens: int, itemsize: int = 2) -> Cost:
     return Cost(0, 2 * tokens * shape.kv_heads * (shape.k_dim + shape.v_dim) * itemsize, 0)
 
 
-def step_costs(model: Model, step: Step, ranks: Ranks) -> dict[str, Cost]:
-    """The step's costs by operation: base, head, shrink, expand, kv_write, attention. Adapters at the head are left
-    out. A step without segments has no shrink and no expand."""
-    tokens, size = step.num_tokens, model.itemsize
+def embedding(tokens: int, features: int, itemsize: int = 2) -> Cost:
+    """Rows of a table, read and written."""
+    return Cost(tokens * features * itemsize, tokens * features * itemsize, 0)
+
+
+def norm(tokens: int, features: int, itemsize: int = 2) -> Cost:
+    """y = w o x / rms(x), row by row: a square and a sum, then two multiplications per element."""
+    return Cost(features * itemsize, 2 * tokens * features * itemsize, 4 * tokens * features)
+
+
+def residual(tokens: int, features: int, itemsize: int = 2) -> Cost:
+    """y = a + b."""
+    return Cost(0, 3 * tokens * features * itemsize, tokens * features)
+
+
+def rotary(shape: AttentionShape, tokens: int, itemsize: int = 2) -> Cost:
+    """Queries and keys turned by their position: x cos + rotated(x) sin."""
+    width = (shape.heads + shape.kv_heads) * shape.k_dim
+    return Cost(0, 2 * tokens * (width + shape.k_dim) * itemsize, 3 * tokens * width)
+
+
+def activation(tokens: int, features: int, itemsize: int = 2) -> Cost:
+    """y = silu(gate) o up; silu is counted as four operations."""
+    return Cost(0, 3 * tokens * features * itemsize, 5 * tokens * features)
+
+
+def step_costs(
+    model: Model, step: Step, ranks: Ranks, *, scales: Scales = frozenset(), gated: bool = False, fold: bool = False
+) -> dict[str, Cost]:
+    """The step's costs by kind of operation, each the sum over all layers.
+
+    base (the projections), head, embedding, norm, residual, rotary, activation, kv_write, attention; with segments
+    also shrink and expand, and scale_input where an input is scaled. With `fold`, the projections with a term are in
+    `folded` instead of in base and expand. Adapters at the head are left out; a step without segments has no LoRA cost.
+    """
+    tokens, size, wide = step.num_tokens, model.itemsize, model.hidden
     rows = len(step.sequences) if step.logit_rows is None else step.logit_rows
-    head = product(rows, model.head.in_features, model.head.out_features, size)
-    costs = {"base": Cost(), "head": head, "kv_write": Cost(), "attention": Cost()}
+    costs: dict[str, Cost] = {"embedding": embedding(tokens, wide, size)}
+
+    def count(kind: str, cost: Cost) -> None:
+        costs[kind] = costs.get(kind, Cost()) + cost
+
     for site in model.sites:
-        costs["base"] += product(tokens, site.in_features, site.out_features, size)
+        term = expand(site, step.segments, ranks, size, scales=scales, gated=gated)
+        if step.segments:
+            count("shrink", shrink(site, step.segments, ranks, size))
+            scaled = scale_input(site, step.segments, scales, size, gated=gated)
+            if scaled != Cost():
+                count("scale_input", scaled)
+        if fold and term != Cost():
+            count("folded", folded(site, tokens, step.segments, ranks, size, scales=scales, gated=gated))
+            continue
+        count("base", product(tokens, site.in_features, site.out_features, size))
+        if step.segments:
+            count("expand", term)
     for layer in model.layers:
-        costs["kv_write"] += kv_write(layer.attention, tokens, size)
-        costs["attention"] += attention(layer.attention, step.sequences, layer.window, size)
-    if step.segments:
-        costs["shrink"] = costs["expand"] = Cost()
-        for site in model.sites:
-            costs["shrink"] += shrink(site, step.segments, ranks, size)
-            costs["expand"] += expand(site, step.segments, ranks, size)
+        count("kv_write", kv_write(layer.attention, tokens, size))
+        count("attention", attention(layer.attention, step.sequences, layer.window, size))
+        count("rotary", rotary(layer.attention, tokens, size))
+        count("activation", activation(tokens, layer.intermediate, size))
+        for _ in range(2):
+            count("norm", norm(tokens, wide, size))
+            count("residual", residual(tokens, wide, size))
+    count("norm", norm(rows, wide, size))
+    count("head", product(rows, wide, model.head.out_features, size))
     return costs
 
 
 def step_floor(costs: Mapping[str, Cost], peaks: Peaks) -> float:
-    """The least seconds of a step whose kinds of operation run one after the other: the sum of their floors."""
-    return sum(cost.floor(peaks) for cost in costs.values())
+    """The least seconds of a step whose kinds of operation run one after the other, all but the fusable ones."""
+    return sum(cost.floor(peaks) for kind, cost in costs.items() if kind not in FUSABLE)
 
 
 def decoder(
@@ -241,4 +365,4 @@ def decoder(
         add(hidden, mlp_prefix, {"gate_proj": intermediate, "up_proj": intermediate})
         add(intermediate, mlp_prefix, {"down_proj": hidden})
     head = Site(len(sites), hidden, (SiteSlice("lm_head", vocabulary),))
-    return Model(tuple(sites), head, (Layer(shape, window),) * layers, itemsize)
+    return Model(tuple(sites), head, (Layer(shape, window, intermediate),) * layers, itemsize)

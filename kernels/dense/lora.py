@@ -36,4 +36,4 @@ def make_invariant_backend(
     from .triton_lora import InvariantTritonLoraBackend
 
     table = table_for(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
-    return InvariantTritonLoraBackend(sites, table=table, **common)
+    return InvariantTritonLoraBackend(sites, table=table, fold=False, **common)

@@ -15,6 +15,44 @@ import triton
 import triton.language as tl
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_of(program, row_tiles, out_tiles, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(row tile, output tile) of a program: `GROUP` row tiles go through the same weights side by side."""
+    first_row_tile = program // (GROUP * out_tiles) * GROUP
+    height = tl.minimum(row_tiles - first_row_tile, GROUP)
+    row_tile = first_row_tile + program % (GROUP * out_tiles) % height
+    return row_tile, program % (GROUP * out_tiles) // height
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def accumulate(  # type: ignore[no-untyped-def]
+    x_ptrs,  # [BLOCK_M, BLOCK_K] of the first columns
+    weight_ptrs,  # [BLOCK_K, BLOCK_N] of the first columns
+    row_mask,
+    out_mask,
+    begin,
+    end,
+    in_features,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_k x[t, k] W[n, k] over columns [begin, end), blocks in ascending order, in float32."""
+    columns = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs + k, mask=row_mask[:, None], other=0.0)
+            weight = tl.load(weight_ptrs + k, mask=out_mask[None, :], other=0.0)
+        else:
+            k_mask = k + columns < in_features
+            x = tl.load(x_ptrs + k, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            weight = tl.load(weight_ptrs + k, mask=k_mask[:, None] & out_mask[None, :], other=0.0)
+        total = tl.dot(x, weight, total, input_precision="ieee")
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def product_kernel(  # type: ignore[no-untyped-def]
     out_ptr,  # [rows, outs]; with PARTIALS [splits, rows, outs] float32
@@ -35,13 +73,7 @@ def product_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(rows, BLOCK_M)
-    out_tiles = tl.cdiv(outs, BLOCK_N)
-    program = tl.program_id(0)
-    first_row_tile = program // (GROUP * out_tiles) * GROUP
-    height = tl.minimum(row_tiles - first_row_tile, GROUP)
-    row_tile = first_row_tile + program % (GROUP * out_tiles) % height
-    out_tile = program % (GROUP * out_tiles) // height
+    row_tile, out_tile = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(outs, BLOCK_N), GROUP)
     split = tl.program_id(1)
 
     tokens = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,17 +87,9 @@ def product_kernel(  # type: ignore[no-untyped-def]
     for step in range(0, 1 if PARTIALS else NUM_SPLITS):
         begin = (split + step) * SPLIT_K
         end = tl.minimum(begin + SPLIT_K, in_features)
-        partial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(begin, end, BLOCK_K):
-            if EVEN_K:
-                x = tl.load(x_ptrs + k, mask=row_mask[:, None], other=0.0)
-                weight = tl.load(weight_ptrs + k, mask=out_mask[None, :], other=0.0)
-            else:
-                k_mask = k + columns < in_features
-                x = tl.load(x_ptrs + k, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-                weight = tl.load(weight_ptrs + k, mask=k_mask[:, None] & out_mask[None, :], other=0.0)
-            partial = tl.dot(x, weight, partial, input_precision="ieee")
-        total += partial
+        total += accumulate(
+            x_ptrs, weight_ptrs, row_mask, out_mask, begin, end, in_features, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+        )
 
     mask = row_mask[:, None] & out_mask[None, :]
     places = (split.to(tl.int64) * rows + tokens[:, None]) * outs + outputs[None, :]

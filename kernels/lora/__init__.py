@@ -41,13 +41,15 @@ def make_backend(
     max_set_rank: int = 512,
     implementation: Implementation | None = None,
     overlap: Overlap = "none",
+    fold: bool | None = None,
     table: LaunchTable | None = None,
 ) -> LoraBackend:
     """The backend for a model's sites: Triton on CUDA, torch elsewhere, unless `implementation` says otherwise.
 
     `budget_bytes` bounds the adapters' memory, `max_slots` their number, `max_tokens` a step, `max_set_size` and
     `max_set_rank` the adapters of one set and the sum of their ranks. Triton on a CPU runs only under its interpreter.
-    `overlap` and `table` (default: the one shipped for the card) are for Triton alone. Raises ValueError for what the
+    `overlap`, `fold` (the expand into the base product: True wherever it can be, None where the table says that it is
+    quicker) and `table` (default: the one shipped for the card) are for Triton alone. Raises ValueError for what the
     implementation does not serve.
     """
     device = torch.device(device)
@@ -55,8 +57,8 @@ def make_backend(
     if implementation is None:
         implementation = "triton" if device.type == "cuda" else "torch"
     if implementation == "torch":
-        if overlap != "none" or table is not None:
-            raise ValueError("overlap and table need the triton implementation")
+        if overlap != "none" or fold or table is not None:
+            raise ValueError("overlap, fold and table need the triton implementation")
         from .torch_backend import TorchLoraBackend
 
         return TorchLoraBackend(
@@ -68,5 +70,5 @@ def make_backend(
         table = table_for(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
     return TritonLoraBackend(
         sites, dtype=dtype, device=device, budget_bytes=budget_bytes, max_slots=max_slots, limits=limits, table=table,
-        overlap=overlap,
+        overlap=overlap, fold=fold,
     )  # fmt: skip

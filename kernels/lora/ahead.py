@@ -12,14 +12,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loramux.kernels.dense.launch import GROUP
+
 from .arena import ALIGNMENT_BYTES
 from .expand import expand_kernel
-from .launch import SCALE_ELEMENTS, SCALED_REGISTERS, ExpandConfig, ShrinkConfig, split_columns
+from .fold import fold_kernel
+from .fold_launch import fold_options
+from .launch import (
+    MOST_REGISTERS,
+    SCALE_ELEMENTS,
+    SEARCH_RECORDS,
+    ExpandConfig,
+    FoldConfig,
+    ShrinkConfig,
+    split_columns,
+)
 from .scale import scale_kernel
 from .shrink import shrink_kernel
 
 CAPABILITIES = (80, 90, 100)
 """What kernels are held to compile for: Ampere, Hopper and Blackwell data-centre cards."""
+SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Shared memory of a program at most. Code for 8.0 must also fit cards of capability 8.6 and 8.9."""
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _FIXED_POINTERS = {
@@ -30,18 +44,32 @@ _FIXED_POINTERS = {
     "entries_ptr": "*i32",
     "tiles_ptr": "*i32",
     "h_ptr": "*fp32",
+    "first_records_ptr": "*i32",
+    "second_records_ptr": "*i32",
+    "first_h_ptr": "*fp32",
+    "second_h_ptr": "*fp32",
     "gates_ptr": "*fp32",
 }
-_ALIGNED = {"x_ptr", "out_ptr", "arena_ptr", "records_ptr", "entries_ptr", "tiles_ptr", "h_ptr", "h_row_stride"}
+_ALIGNED = {
+    "x_ptr", "out_ptr", "weight_ptr", "bias_ptr", "arena_ptr", "records_ptr", "first_records_ptr",
+    "second_records_ptr", "entries_ptr", "tiles_ptr", "h_ptr", "first_h_ptr", "second_h_ptr", "h_row_stride",
+}  # fmt: skip
 _ALIGNED_NUMBERS = {"in_features", "x_stride", "out_stride"}
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a kernel compiles to."""
+    """What a kernel compiles to for a card of a capability; `shared` is its bytes of shared memory."""
 
     ptx: str
     sass: str
+    shared: int
+    capability: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it finds its shared memory on every card of that capability."""
+        return self.shared <= SHARED_BYTES[self.capability]
 
     @property
     def spills(self) -> bool:
@@ -104,9 +132,33 @@ def compile_expand(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "launch_pdl": dependent,
-        "maxnreg": SCALED_REGISTERS if gates or scaled else None,
+        "maxnreg": MOST_REGISTERS,
     }
     return _compile(expand_kernel, dtype, constants, options, capability, aligned=aligned)
+
+
+def compile_fold(
+    dtype: torch.dtype, config: FoldConfig, in_features: int, capability: int, *, aligned: bool = True,
+    partials: tuple[int, int] = (8, 0), scaled: bool = False, gates: bool = False, dependent: bool = False,
+) -> Code:  # fmt: skip
+    """The folded projection with a bias, over so many partial sums of each variant."""
+    align = ALIGNMENT_BYTES // dtype.itemsize
+    first, second = partials
+    options: dict[str, Any] = fold_options(config, dependent=dependent)
+    constants = {name: options.pop(name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R")} | {
+        "FIRST_PARTIALS": first,
+        "SECOND_PARTIALS": second,
+        "HAS_BIAS": True,
+        "EVEN_K": in_features % config.block_k == 0,
+        "ALIGN": align,
+        "OUT_ALIGN": align if aligned else 1,
+        "SCALED": scaled,
+        "GATES": gates,
+        "DEPENDENT": dependent,
+        "GROUP": GROUP,
+        "SEARCH": SEARCH_RECORDS,
+    }
+    return _compile(fold_kernel, dtype, constants, options, capability, aligned=aligned)
 
 
 def compile_scale(dtype: torch.dtype, block_m: int, capability: int) -> Code:
@@ -138,4 +190,4 @@ def _compile(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Code(result.asm["ptx"], result.asm["sass"])
+    return Code(result.asm["ptx"], result.asm["sass"], result.metadata.shared, capability)

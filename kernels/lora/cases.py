@@ -236,3 +236,42 @@ def check(
     assert bool(scaled[base].isnan().all()), "a base token's input was scaled"
     expected_x = scale_input_reference(site, x, segments, by_slot, gates=gates)
     return max(relative_error(result[~base], expected[~base]), relative_error(scaled[~base], expected_x[~base]))
+
+
+def check_folded(
+    backend: LoraBackend,
+    case: Case,
+    slots: Sequence[int],
+    weights: Sequence[Weights],
+    *,
+    seed: int = 1,
+    gated: bool = False,
+    padded: bool = False,
+    bias: bool = True,
+) -> float:
+    """Runs the case's step with its projection folded and returns the relative error of all tokens, base ones included.
+
+    Raises AssertionError when the site is not folded, when a number of x is not read where it should be, or written.
+    """
+    site, segments, tokens = case.site, case.segments(slots), case.num_tokens
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, site.in_features, generator=generator).to(backend.dtype)
+    weight = torch.randn(site.out_features, site.in_features, generator=generator).mul_(site.in_features**-0.5)
+    weight = weight.to(backend.dtype)
+    added = torch.randn(site.out_features, generator=generator).to(backend.dtype) if bias else None
+    gates = case.gates() if gated else None
+    by_slot = dict(zip(slots, weights, strict=True))
+    expected = scale_input_reference(site, x, segments, by_slot, gates=gates) @ weight.double().T
+    if added is not None:
+        expected += added.double()
+    add_reference(site, x, expected, segments, by_slot, gates=gates)
+    plan = backend.plan(segments, tokens, padded=padded)
+    assert plan is not None, "a step with segments has no plan"
+    inputs, on_device = x.to(backend.device), weight.to(backend.device)
+    assert backend.folds(site, on_device, plan), "the site is not folded"
+    result = backend.project(
+        site, inputs, on_device, None if added is None else added.to(backend.device), plan,
+        None if gates is None else gates.to(backend.device),
+    )  # fmt: skip
+    assert torch.equal(inputs.cpu(), x), "the input was written"
+    return relative_error(result.cpu(), expected)

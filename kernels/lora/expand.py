@@ -23,6 +23,91 @@ def _out(out_ptr, out_stride, record, tile, rows, outputs, OUT_ALIGN: tl.constex
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def record_term(  # type: ignore[no-untyped-def]
+    record,
+    tile,
+    within,  # [BLOCK_M]: each row's place among the record's tokens
+    row_mask,  # [BLOCK_M]: which rows are the record's
+    base,  # [BLOCK_M, BLOCK_N] float32, the base product of these rows; not used unless FOLDED
+    out_ptr,
+    arena_ptr,
+    offsets_ptr,
+    ranks_ptr,
+    scales_ptr,
+    entries_ptr,
+    h_ptr,
+    gates_ptr,
+    out_stride,
+    gates_stride,
+    first_module,
+    num_modules,
+    h_split_stride,
+    h_row_stride,
+    h_slice_stride,
+    NUM_PARTIALS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+    SCALED: tl.constexpr,
+    GATES: tl.constexpr,
+    FOLDED: tl.constexpr,  # the base product is in registers, not in out
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(the record's term [BLOCK_M, BLOCK_N] float32, 0 if no adapter has any there, the tile's outputs, their mask)."""
+    part = tl.load(tile)
+    width = tl.multiple_of(tl.load(tile + 2), OUT_ALIGN)
+    outputs = tl.multiple_of(tl.load(tile + 1), BLOCK_N) + tl.arange(0, BLOCK_N)
+    out_mask = outputs < width
+    first_entry = tl.load(record + 2)
+    end_entry = tl.load(record + 3)
+    h_rows = tl.load(record + 4).to(tl.int64) + within
+    h_base = h_ptr + part * h_slice_stride + h_rows[:, None] * h_row_stride
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    touched = 0
+    for number in range(first_entry, end_entry):
+        entry = entries_ptr + number * 4
+        module = tl.load(entry).to(tl.int64) * num_modules + first_module + part
+        rank = tl.load(ranks_ptr + module)
+        h_column = tl.load(entry + 1)
+        weight = tl.load(entry + 2).to(tl.float32, bitcast=True)
+        factor = tl.load(scales_ptr + module) * weight
+        b_base = arena_ptr + tl.multiple_of(tl.load(offsets_ptr + module * 4 + 1), ALIGN) + outputs[None, :]
+        touched += rank
+        if GATES:
+            tokens = tl.load(record).to(tl.int64) + within
+            gate = tl.load(gates_ptr + tokens * gates_stride + (number - first_entry), mask=row_mask, other=0.0)
+        if SCALED:
+            scale = tl.load(offsets_ptr + module * 4 + 2)
+            if scale >= 0:
+                g = tl.load(arena_ptr + tl.multiple_of(scale, ALIGN) + outputs, mask=out_mask, other=0.0)
+                if FOLDED:
+                    before = base
+                else:
+                    out_ptrs = _out(out_ptr, out_stride, record, tile, within, outputs, OUT_ALIGN)
+                    before = tl.load(out_ptrs, mask=row_mask[:, None] & out_mask[None, :], other=0.0).to(tl.float32)
+                term = before * (g.to(tl.float32) * weight)
+                acc += term * gate[:, None] if GATES else term
+                touched += 1
+        for first_rank in range(0, rank, BLOCK_R):
+            ranks = first_rank + tl.arange(0, BLOCK_R)
+            rank_mask = ranks < rank
+            h_ptrs = h_base + h_column + ranks[None, :]
+            h_mask = row_mask[:, None] & rank_mask[None, :]
+            h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+            for split in range(0, NUM_PARTIALS):
+                h += tl.load(h_ptrs + split * h_split_stride, mask=h_mask, other=0.0)
+            h *= factor
+            if GATES:
+                h *= gate[:, None]
+            b_ptrs = b_base + ranks[:, None].to(tl.int64) * width
+            b = tl.load(b_ptrs, mask=rank_mask[:, None] & out_mask[None, :], other=0.0)
+            acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
+    return acc, touched, outputs, out_mask
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _expand_record(  # type: ignore[no-untyped-def]
     record,
     tile,
@@ -50,56 +135,13 @@ def _expand_record(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    part = tl.load(tile)
-    width = tl.multiple_of(tl.load(tile + 2), OUT_ALIGN)
     rows = tl.arange(0, BLOCK_M)
-    outputs = tl.multiple_of(tl.load(tile + 1), BLOCK_N) + tl.arange(0, BLOCK_N)
-    out_mask = outputs < width
-    count = tl.load(record + 1)
-    first_entry = tl.load(record + 2)
-    end_entry = tl.load(record + 3)
-    row_mask = rows < count
-    h_rows = tl.load(record + 4).to(tl.int64) + rows
-    h_base = h_ptr + part * h_slice_stride + h_rows[:, None] * h_row_stride
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    touched = 0
-    for number in range(first_entry, end_entry):
-        entry = entries_ptr + number * 4
-        module = tl.load(entry).to(tl.int64) * num_modules + first_module + part
-        rank = tl.load(ranks_ptr + module)
-        h_column = tl.load(entry + 1)
-        weight = tl.load(entry + 2).to(tl.float32, bitcast=True)
-        factor = tl.load(scales_ptr + module) * weight
-        b_base = arena_ptr + tl.multiple_of(tl.load(offsets_ptr + module * 4 + 1), ALIGN) + outputs[None, :]
-        touched += rank
-        if GATES:
-            tokens = tl.load(record).to(tl.int64) + rows
-            gate = tl.load(gates_ptr + tokens * gates_stride + (number - first_entry), mask=row_mask, other=0.0)
-        if SCALED:
-            scale = tl.load(offsets_ptr + module * 4 + 2)
-            if scale >= 0:
-                g = tl.load(arena_ptr + tl.multiple_of(scale, ALIGN) + outputs, mask=out_mask, other=0.0)
-                out_ptrs = _out(out_ptr, out_stride, record, tile, rows, outputs, OUT_ALIGN)
-                base = tl.load(out_ptrs, mask=row_mask[:, None] & out_mask[None, :], other=0.0)
-                term = base.to(tl.float32) * (g.to(tl.float32) * weight)
-                acc += term * gate[:, None] if GATES else term
-                touched += 1
-        for first_rank in range(0, rank, BLOCK_R):
-            ranks = first_rank + tl.arange(0, BLOCK_R)
-            rank_mask = ranks < rank
-            h_ptrs = h_base + h_column + ranks[None, :]
-            h_mask = row_mask[:, None] & rank_mask[None, :]
-            h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            for split in range(0, NUM_PARTIALS):
-                h += tl.load(h_ptrs + split * h_split_stride, mask=h_mask, other=0.0)
-            h *= factor
-            if GATES:
-                h *= gate[:, None]
-            b_ptrs = b_base + ranks[:, None].to(tl.int64) * width
-            b = tl.load(b_ptrs, mask=rank_mask[:, None] & out_mask[None, :], other=0.0)
-            acc = tl.dot(h.to(b.dtype), b, acc, input_precision="ieee")
-
+    row_mask = rows < tl.load(record + 1)
+    acc, touched, outputs, out_mask = record_term(
+        record, tile, rows, row_mask, 0.0, out_ptr, arena_ptr, offsets_ptr, ranks_ptr, scales_ptr, entries_ptr, h_ptr,
+        gates_ptr, out_stride, gates_stride, first_module, num_modules, h_split_stride, h_row_stride, h_slice_stride,
+        NUM_PARTIALS, ALIGN, OUT_ALIGN, SCALED, GATES, False, BLOCK_M, BLOCK_R, BLOCK_N,
+    )  # fmt: skip
     if touched > 0:
         out_ptrs = _out(out_ptr, out_stride, record, tile, rows, outputs, OUT_ALIGN)
         out_mask_2d = row_mask[:, None] & out_mask[None, :]

@@ -208,6 +208,18 @@ class LoraBackend(Protocol):
     def finish(self, site: Site, out: Tensor, plan: LoraPlan, gates: Tensor | None = None) -> None:
         """Adds to `out`, the finished base product, what `begin` started. ValueError without that `begin`."""
 
+    def folds(self, site: Site, weight: Tensor, plan: LoraPlan) -> bool:
+        """Whether `project` takes the place of product and `add` in this step: said by settings and shapes alone."""
+
+    def project(
+        self, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, plan: LoraPlan, gates: Tensor | None = None
+    ) -> Tensor:
+        """x' W^T + b + the LoRA term of every slice, [tokens, sum of outs], where `folds`.
+
+        x is [tokens, in], weight [sum of outs, in], bias [sum of outs]. The value is that of `scale_input`, a product
+        and `add`, but rounded once instead of twice. Raises ValueError where it does not fold.
+        """
+
     def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan, gates: Tensor | None = None) -> None:
         """out[t] += the LoRA term of every slice, in place. x is [tokens, in]; out is [tokens, sum of outs].
 

@@ -1,5 +1,6 @@
 """Static choices of the Triton kernels: block shapes, splits by in_features, grids, and what a step launches."""
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +19,11 @@ RECORD_WIDTH = 8
 ENTRY_WIDTH = 4
 SCALE_ELEMENTS = 4096
 """Elements of x that one program of the input scaling takes."""
-SCALED_REGISTERS = 255
-"""Registers per thread that an expand with gates or scale vectors may take: all there are. Left to itself, the
-assembler spills a few to fit one more block on a multiprocessor."""
+MOST_REGISTERS = 255
+"""Registers per thread that an expand or a folded projection may take: all there are. Left to itself, the assembler
+spills a few to fit one more block on a multiprocessor."""
+SEARCH_RECORDS = 256
+"""Records that a folded projection's program looks at together when it seeks those of its tokens."""
 PADDED_PROGRAMS = 2048
 """Programs of a padded launch: about what a large card holds at once. Those without work cost a launch slot each."""
 MIN_PADDED = 16
@@ -64,6 +67,38 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldConfig:
+    """Tile of [block_m tokens, block_n outputs]: its product in steps of block_k columns, its term of block_r ranks."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class FoldEntry:
+    """The folded projection of one shape in steps of up to `tokens`, as measured beside the library's product.
+
+    `ratio` is the seconds of the folded kernel over those of the product and the expand apart.
+    """
+
+    dtype: str
+    in_features: int
+    out_features: int
+    tokens: int
+    ratio: float
+    fold: FoldConfig
+
+    @property
+    def won(self) -> bool:
+        """Whether folding was quicker."""
+        return self.ratio < 1
+
+
+@dataclass(frozen=True, slots=True)
 class Tile:
     """Rows of a variant's tiles and ranks of its shrink's tiles: equal at all sites, which share a step's records."""
 
@@ -85,6 +120,20 @@ def default_entries(dtype: torch.dtype) -> tuple[Entry, ...]:
     return (
         Entry(name, "decode", 1, ShrinkConfig(16, 16, 128, 4, 4), ExpandConfig(16, 16, 128, 2, 2)),
         Entry(name, "prefill", 1, ShrinkConfig(64, 32, 128, 8, 3), ExpandConfig(64, 32, 64, 4, 2)),
+    )
+
+
+def default_folds(dtype: torch.dtype) -> tuple[tuple[int, FoldConfig], ...]:
+    """(most tokens of a step, tile) of untuned folded projections, ascending, chosen like `default_entries`.
+
+    Tiles are narrow where tokens are few, so that weights that nobody splits still occupy a card.
+    """
+    if dtype.itemsize >= 4:
+        return (16, FoldConfig(16, 32, 32, 16, 4, 2)), (sys.maxsize, FoldConfig(32, 32, 32, 16, 8, 2))
+    return (
+        (16, FoldConfig(16, 32, 128, 16, 4, 4)),
+        (32, FoldConfig(32, 64, 64, 16, 4, 4)),
+        (sys.maxsize, FoldConfig(64, 128, 64, 16, 8, 3)),
     )
 
 

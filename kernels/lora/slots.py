@@ -187,7 +187,7 @@ class SlotBackend(ABC, Generic[AdapterT, PlanT]):
         own = self._own(plan)
         if not own.scales_input(site):
             return x
-        _check_gates(gates, own)
+        check_gates(gates, own)
         return self._scale_input(site, x, own, gates)
 
     @abstractmethod
@@ -207,8 +207,18 @@ class SlotBackend(ABC, Generic[AdapterT, PlanT]):
         begun, self._begun = self._begun, None
         if begun is None or begun[0] != site.index or begun[1] is not own:
             raise ValueError(f"finish of site {site.index} without its begin")
-        _check_gates(gates, own)
+        check_gates(gates, own)
         self._expand(site, out, own, begun[2], gates)
+
+    def folds(self, site: Site, weight: Tensor, plan: LoraPlan) -> bool:
+        """False: the product and the term are computed apart."""
+        return False
+
+    def project(
+        self, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, plan: LoraPlan, gates: Tensor | None = None
+    ) -> Tensor:
+        """Raises ValueError: nothing folds here."""
+        raise ValueError(f"site {site.index} is not folded: compute its product, then add")
 
     def add(self, site: Site, x: Tensor, out: Tensor, plan: LoraPlan, gates: Tensor | None = None) -> None:
         """out[t] += the LoRA term, in place; x [tokens, in] and out [tokens, sum of outs] with unit stride."""
@@ -224,7 +234,7 @@ class SlotBackend(ABC, Generic[AdapterT, PlanT]):
         """Adds the site's term to out."""
 
 
-def _check_gates(gates: Tensor | None, plan: BackendPlan) -> None:
+def check_gates(gates: Tensor | None, plan: BackendPlan) -> None:
     """Raises ValueError for gates that do not fit the plan."""
     if gates is None:
         return

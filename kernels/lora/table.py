@@ -3,10 +3,16 @@
     {"card": "...", "date": "YYYY-MM-DD", "versions": {"torch": "...", ...}, "entries": [
         {"dtype": "bfloat16", "variant": "decode", "features": 4096,
          "shrink": {"block_m": 16, "block_r": 16, "block_k": 128, "num_warps": 4, "num_stages": 4},
-         "expand": {"block_m": 16, "block_r": 16, "block_n": 128, "num_warps": 4, "num_stages": 2}}, ...]}
+         "expand": {"block_m": 16, "block_r": 16, "block_n": 128, "num_warps": 4, "num_stages": 2}}, ...],
+     "folds": [
+        {"dtype": "bfloat16", "in_features": 4096, "out_features": 6144, "tokens": 32, "ratio": 1.08, "fold":
+         {"block_m": 32, "block_n": 64, "block_k": 64, "block_r": 16, "num_warps": 4, "num_stages": 4}}, ...]}
 
-A site uses the smallest entry that holds its inputs (shrink) or outputs (expand), or else the largest.
-`benchmarks/tune.py` writes such files. Cards and dtypes without entries use the untuned `launch.default_entries`.
+A site uses the smallest entry that holds its inputs (shrink) or outputs (expand), or else the largest. Folds are of one
+projection's shape, and a step uses the one of the fewest tokens that holds it; it is folded by itself where that one's
+ratio (seconds of the folded kernel over those of the library's product and the expand) is below 1, and never beyond
+what was measured. `benchmarks/tune.py` writes such files. Cards, dtypes and shapes without entries use the untuned
+`launch.default_entries` and `launch.default_folds`.
 """
 
 import json
@@ -23,10 +29,13 @@ from .launch import (
     VARIANTS,
     Entry,
     ExpandConfig,
+    FoldConfig,
+    FoldEntry,
     ShrinkConfig,
     Tile,
     VariantName,
     default_entries,
+    default_folds,
     dtype_name,
 )
 
@@ -40,15 +49,16 @@ _BOUNDS = {
     "num_warps": (1, 16),
     "num_stages": (1, 8),
 }
-_Config = TypeVar("_Config", ShrinkConfig, ExpandConfig)
+_Config = TypeVar("_Config", ShrinkConfig, ExpandConfig, FoldConfig)
 
 
 class LaunchTable:
     """Entries of any dtypes and feature classes; see the module's text for which one a site uses."""
 
-    def __init__(self, entries: Iterable[Entry] = (), *, name: str = "table") -> None:
+    def __init__(self, entries: Iterable[Entry] = (), folds: Iterable[FoldEntry] = (), *, name: str = "table") -> None:
         """Raises ValueError, beginning with `name`, for entries that contradict each other or what the kernels need."""
         self.entries = tuple(entries)
+        self.folds = tuple(folds)
         self._by_dtype: dict[str, dict[VariantName, dict[int, Entry]]] = {}
         for number, entry in enumerate(self.entries):
             where = f"{name}, entry {number}"
@@ -59,20 +69,34 @@ class LaunchTable:
             classes[entry.features] = entry
         for dtype, variants in self._by_dtype.items():
             _check_agreement(variants, f"{name}, {dtype}")
+        keys: set[tuple[str, int, int, int]] = set()
+        for number, fold in enumerate(self.folds):
+            where = f"{name}, fold {number}"
+            _check_fold(fold, where)
+            key = (fold.dtype, fold.in_features, fold.out_features, fold.tokens)
+            if key in keys:
+                raise ValueError(f"{where}: {' '.join(map(str, key))} is there twice")
+            keys.add(key)
 
     def choose(self, dtype: torch.dtype) -> "Choices":
         """The configurations of one dtype: the table's, or the defaults when it has none."""
         variants = self._by_dtype.get(dtype_name(dtype))
         if variants is None:
             variants = {entry.variant: {entry.features: entry} for entry in default_entries(dtype)}
-        return Choices(variants)
+        return Choices(dtype, variants, [fold for fold in self.folds if fold.dtype == dtype_name(dtype)])
 
 
 class Choices:
     """The configurations of one dtype."""
 
-    def __init__(self, variants: dict[VariantName, dict[int, Entry]]) -> None:
+    def __init__(
+        self, dtype: torch.dtype, variants: dict[VariantName, dict[int, Entry]], folds: Iterable[FoldEntry]
+    ) -> None:
+        self._default_folds = default_folds(dtype)
         self._variants = {variant: sorted(classes.items()) for variant, classes in variants.items()}
+        self._folds: dict[tuple[int, int], list[FoldEntry]] = {}
+        for fold in sorted(folds, key=lambda each: each.tokens):
+            self._folds.setdefault((fold.in_features, fold.out_features), []).append(fold)
 
     def tile(self, variant: VariantName) -> Tile:
         """What all sites share."""
@@ -86,6 +110,29 @@ class Choices:
     def expand(self, variant: VariantName, out_features: int) -> ExpandConfig:
         """The expand of a site with so many outputs, those of all slices together."""
         return self._entry(variant, out_features).expand
+
+    def fold(self, in_features: int, out_features: int, tokens: int) -> FoldConfig:
+        """The folded projection of a shape in a step of so many tokens."""
+        entry = self._fold_entry(in_features, out_features, tokens)
+        if entry is not None:
+            return entry.fold
+        return next(config for bound, config in self._default_folds if bound >= tokens)
+
+    def fold_won(self, in_features: int, out_features: int, tokens: int) -> bool:
+        """Whether folding was measured there and found quicker."""
+        entry = self._fold_entry(in_features, out_features, tokens)
+        return entry is not None and entry.won
+
+    def folds(self, in_features: int, out_features: int, *, won_only: bool) -> list[FoldConfig]:
+        """What `fold` may answer for a shape, or only where `fold_won`."""
+        entries = self._folds.get((in_features, out_features), [])
+        if won_only:
+            return [entry.fold for entry in entries if entry.won]
+        return [*(entry.fold for entry in entries), *(config for _, config in self._default_folds)]
+
+    def _fold_entry(self, in_features: int, out_features: int, tokens: int) -> FoldEntry | None:
+        entries = self._folds.get((in_features, out_features), ())
+        return next((entry for entry in entries if entry.tokens >= tokens), None)
 
     def _entry(self, variant: VariantName, features: int) -> Entry:
         classes = self._variants[variant]
@@ -109,12 +156,13 @@ def load_table(path: Path) -> LaunchTable:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from error
-    _check_keys(content, {"card", "date", "versions", "entries"}, path.name)
+    _check_keys(content, {"card", "date", "versions", "entries", "folds"}, path.name)
     card = str(content["card"])
     if card_slug(card) != path.stem:
         raise ValueError(f"{path.name} holds the table of {card!r}; call it {card_slug(card)}.json")
-    if not isinstance(content["entries"], list):
-        raise ValueError(f"{path.name}: entries must be a list")
+    for key in ("entries", "folds"):
+        if not isinstance(content[key], list):
+            raise ValueError(f"{path.name}: {key} must be a list")
     entries = []
     for number, row in enumerate(content["entries"]):
         where = f"{path.name}, entry {number}"
@@ -122,7 +170,12 @@ def load_table(path: Path) -> LaunchTable:
         shrink = _config(ShrinkConfig, row["shrink"], f"{where}: shrink")
         expand = _config(ExpandConfig, row["expand"], f"{where}: expand")
         entries.append(Entry(row["dtype"], row["variant"], row["features"], shrink, expand))
-    return LaunchTable(entries, name=path.name)
+    folds = []
+    for number, row in enumerate(content["folds"]):
+        where = f"{path.name}, fold {number}"
+        _check_keys(row, {field.name for field in fields(FoldEntry)}, where)
+        folds.append(FoldEntry(**row | {"fold": _config(FoldConfig, row["fold"], f"{where}: fold")}))
+    return LaunchTable(entries, folds, name=path.name)
 
 
 def _check_keys(value: Any, expected: set[str], where: str) -> None:
@@ -138,25 +191,46 @@ def _config(kind: type[_Config], value: Any, where: str) -> _Config:
 
 
 def _check_entry(entry: Entry, where: str) -> None:
-    names = [dtype_name(dtype) for dtype in DTYPES]
-    if entry.dtype not in names:
-        raise ValueError(f"{where}: dtype {entry.dtype!r} is none of {', '.join(names)}")
+    _check_dtype(entry.dtype, where)
     if entry.variant not in VARIANTS:
         raise ValueError(f"{where}: variant {entry.variant!r} is none of {', '.join(VARIANTS)}")
-    if not _is_count(entry.features):
-        raise ValueError(f"{where}: features {entry.features!r} is not a positive whole number")
-    for part, config in (("shrink", entry.shrink), ("expand", entry.expand)):
-        for field in fields(config):
-            number = getattr(config, field.name)
-            low, high = _BOUNDS[field.name]
-            power = field.name == "num_stages" or (_is_count(number) and number & (number - 1) == 0)
-            if not _is_count(number) or not low <= number <= high or not power:
-                kind = "whole number" if field.name == "num_stages" else "power of two"
-                raise ValueError(f"{where}: {part} {field.name} {number!r} is not a {kind} from {low} to {high}")
+    _check_counts(entry, ("features",), where)
+    _check_config(entry.shrink, f"{where}: shrink")
+    _check_config(entry.expand, f"{where}: expand")
     if entry.shrink.block_m != entry.expand.block_m:
         raise ValueError(f"{where}: shrink and expand must have the same block_m")
     if (entry.variant == "decode") != (entry.shrink.block_m == SHORT_TOKENS):
         raise ValueError(f"{where}: block_m must be {SHORT_TOKENS} for decode, and more for prefill")
+
+
+def _check_fold(entry: FoldEntry, where: str) -> None:
+    _check_dtype(entry.dtype, where)
+    _check_counts(entry, ("in_features", "out_features", "tokens"), where)
+    if isinstance(entry.ratio, bool) or not isinstance(entry.ratio, int | float) or not 0 < entry.ratio < float("inf"):
+        raise ValueError(f"{where}: ratio {entry.ratio!r} is not a positive number")
+    _check_config(entry.fold, f"{where}: fold")
+
+
+def _check_dtype(name: str, where: str) -> None:
+    names = [dtype_name(dtype) for dtype in DTYPES]
+    if name not in names:
+        raise ValueError(f"{where}: dtype {name!r} is none of {', '.join(names)}")
+
+
+def _check_counts(entry: Entry | FoldEntry, names: Iterable[str], where: str) -> None:
+    for name in names:
+        if not _is_count(getattr(entry, name)):
+            raise ValueError(f"{where}: {name} {getattr(entry, name)!r} is not a positive whole number")
+
+
+def _check_config(config: ShrinkConfig | ExpandConfig | FoldConfig, where: str) -> None:
+    for field in fields(config):
+        number = getattr(config, field.name)
+        low, high = _BOUNDS[field.name]
+        power = field.name == "num_stages" or (_is_count(number) and number & (number - 1) == 0)
+        if not _is_count(number) or not low <= number <= high or not power:
+            kind = "whole number" if field.name == "num_stages" else "power of two"
+            raise ValueError(f"{where} {field.name} {number!r} is not a {kind} from {low} to {high}")
 
 
 def _is_count(number: object) -> bool:

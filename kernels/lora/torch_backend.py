@@ -8,15 +8,25 @@ one per long range of tokens over the adapter's own tensors:
 B lies multiplied by the output scale; what scales do to x and to the base product is a product per segment. In decode
 the usual group is: every adapter on its row, one token each, in token order. Then x and out are used as they lie, and
 the expand accumulates straight into out. Accumulation order depends on the shape of the group.
+
+Which form computes an entry of n tokens per range (`benchmarks/cpu_distinct.py` measures all of them):
+
+- n > 8 and no other adapter in the step, or n > 16 (bfloat16 banks: 64): its own tensors, range by range. More than
+  one adapter is worth a group for longer in bfloat16, where every product costs some 20 microseconds to set up.
+- else: the banks. They are in the model's dtype where the processor multiplies it, in float32 elsewhere.
+- one token per entry and bfloat16 banks on a CPU: the expand is a weighted sum of B's rows (`torch.embedding_bag`,
+  which accumulates in float32), since a batched product of one row reads B at a third of the speed.
 """
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
+
+from loramux.kernels.processor import multiplies_bfloat16
 
 from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, ScaleName, Segment, Site
 from .modules import SetLimits
@@ -24,9 +34,18 @@ from .slots import Adapter, BackendPlan, PlanKey, Sets, SlotBackend
 from .torch_bank import Bank, Run, Signature, SiteTensors, bucket
 from .torch_plan import Entry, Group, Pattern, make_entries, make_pattern
 
+Products = Literal["auto", "banks", "own"]
+"""Which weights are multiplied: by the rule of the module's text, always the banks', or always the adapters' own."""
+
 _RECENT_PLANS = 8
 """Rows named by this many latest distinct plans are not given to other adapters."""
 _SCATTERED_PLANS = 4
+_OWN_TOKENS, _OWN_TOKENS_HALF = 16, 64
+"""Tokens per range up to which an entry among others goes to the banks; the second with banks in half precision."""
+_IN_PLACE_TOKENS = 16
+"""From here on a group's products go straight into out, chunk by chunk; below, one product and one sum are cheaper."""
+_SUM = 0
+"""`torch.embedding_bag`'s mode that adds up."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,31 +61,32 @@ class _Adapter(Adapter):
 class _GroupStep:
     """One group at one site: views of the bank that are made once per plan, and the products over them."""
 
-    def __init__(self, bank: Bank, group: Group) -> None:
+    def __init__(self, bank: Bank, group: Group, bags: "_Bags | None" = None) -> None:
+        """`bags` makes the expand of a group of one token per entry a weighted sum of B's rows."""
         # The tensors, not the bank: a later plan may move the bank's rows to new tensors while this one is in use.
         self._A, self._B, self._scale, self._group = bank.A, tuple(bank.B), bank.scale, group
         self._runs = tuple(zip(bank.runs, bank.spread, range(len(bank.runs)), strict=True))
         only = bank.runs[0]
         self.direct = (
-            group.aligned
-            and group.length == 1
-            and group.source.index is None
-            and len(bank.runs) == 1
-            and only.out_features == bank.site.out_features
+            group.aligned and group.length == 1 and len(bank.runs) == 1 and only.out_features == bank.site.out_features
         )
+        self._bags = None
+        if bags is not None and group.length == 1:
+            self._bags = [bags.of(group, run.num_chunks, run.rank) for run in bank.runs]
         # Copies of a gather group are made at each use: they would otherwise double the memory of every site.
         kept = group.rows.index is None
         self._kept_A = self._shrink_weights() if kept else None
-        self._kept_B = self._expand_weights() if kept else None
+        self._kept_B = self._expand_weights() if kept and self._bags is None else None
 
     def _shrink_weights(self) -> tuple[Tensor, Tensor]:
         group = self._group
         scale = group.rows.take(self._scale).unsqueeze(1)
         if group.weights is not None:
             scale = scale * group.weights
-        return group.rows.take(self._A).transpose(1, 2), scale
+        return group.rows.take(self._A), scale
 
     def _expand_weights(self) -> list[Tensor]:
+        """B of each run, [m * chunks, r, g]."""
         group = self._group
         return [
             group.rows.take(stacked).view(group.count * run.num_chunks, run.rank, run.width)
@@ -78,40 +98,67 @@ class _GroupStep:
         group = self._group
         A, scale = self._kept_A or self._shrink_weights()
         inputs = group.source.take(x).to(A.dtype).view(group.count, group.length, x.shape[1])
-        return torch.bmm(inputs, A).mul_(scale)
+        if self._bags is None:
+            return torch.bmm(inputs, A.transpose(1, 2)).mul_(scale)
+        return torch.bmm(A, inputs.view(group.count, -1, 1)).view(group.count, 1, -1).mul_(scale)
 
     def expand(self, h: Tensor, out: Tensor, gates: Tensor | None) -> None:
         """Adds the group's term to out."""
         group = self._group
-        B = self._kept_B or self._expand_weights()
+        B = [] if self._bags is not None else self._kept_B or self._expand_weights()
         if gates is not None:
             h.mul_(group.gates(gates))
-        if self.direct and out.is_contiguous():
+        in_place = self._bags is None and out.dtype == h.dtype
+        start = group.sums[0][0].start
+        if self.direct and in_place and out.is_contiguous():
             run, spread, _ = self._runs[0]
-            start = group.sums[0][0].start
             target = out[start : start + group.count].view(-1, 1, run.width)
-            if spread is not None:
-                h = h.view(group.count, len(run.slices), run.rank).index_select(1, spread)
-            h = h.view(-1, 1, run.rank)
-            if out.dtype == h.dtype:
-                target.baddbmm_(h, B[0])
-            else:
-                target.add_(torch.bmm(h, B[0]))
+            target.baddbmm_(self._by_chunk(h, run, spread), B[0])
             return
         for run, spread, number in self._runs:
-            self._add_run(self._run(h, run, spread, B[number]), out[:, run.column : run.column + run.out_features])
+            columns = out[:, run.column : run.column + run.out_features]
+            if not group.aligned:
+                y = self._run(h, run, spread, B, number).transpose(1, 2)
+                self._add_run(y.reshape(group.count * group.length, run.out_features), columns)
+                continue
+            target = columns[start : start + group.count * group.length]
+            target = target.view(group.count, group.length, run.num_chunks, run.width)
+            if in_place and group.length >= _IN_PLACE_TOKENS:
+                self._add_by_chunk(h, run, B[number], target)
+            else:
+                target.add_(self._run(h, run, spread, B, number).transpose(1, 2))
 
-    def _run(self, h: Tensor, run: Run, spread: Tensor | None, B: Tensor) -> Tensor:
-        """The run's product as [m * length, outputs of the run]."""
+    def _by_chunk(self, h: Tensor, run: Run, spread: Tensor | None) -> Tensor:
+        """The run's columns of h, one matrix per row and chunk: [m * chunks, length, r]."""
         group, slices = self._group, len(run.slices)
         h = h[:, :, run.offset : run.offset + slices * run.rank]
         h = h.reshape(group.count, group.length, slices, run.rank).transpose(1, 2) if slices > 1 else h.unsqueeze(1)
         if spread is not None:
             h = h.index_select(1, spread)
-        y = torch.bmm(h.reshape(-1, group.length, run.rank), B)
-        if run.num_chunks > 1 and group.length > 1:
-            y = y.view(group.count, run.num_chunks, group.length, run.width).transpose(1, 2)
-        return y.reshape(group.count * group.length, run.out_features)
+        return h.reshape(-1, group.length, run.rank)
+
+    def _run(self, h: Tensor, run: Run, spread: Tensor | None, B: Sequence[Tensor], number: int) -> Tensor:
+        """The run's product as [m, chunks, length, width]."""
+        h = self._by_chunk(h, run, spread)
+        if self._bags is None:
+            y = torch.bmm(h, B[number])
+        else:
+            rows, starts = self._bags[number]
+            y = torch.embedding_bag(
+                self._B[number].view(-1, run.width), rows, starts, False, _SUM, False, h.reshape(-1)
+            )[0]
+        return y.view(self._group.count, run.num_chunks, self._group.length, run.width)
+
+    def _add_by_chunk(self, h: Tensor, run: Run, B: Tensor, target: Tensor) -> None:
+        """Accumulates into target [m, length, chunks, width], one batched product per chunk."""
+        B = B.view(self._group.count, run.num_chunks, run.rank, run.width)
+        chunk = 0
+        for number, count in enumerate(run.chunks):
+            offset = run.offset + number * run.rank
+            own = h[:, :, offset : offset + run.rank]
+            for _ in range(count):
+                target[:, :, chunk].baddbmm_(own, B[:, chunk])
+                chunk += 1
 
     def _add_run(self, y: Tensor, out: Tensor) -> None:
         for tokens, positions in self._group.sums:
@@ -120,6 +167,26 @@ class _GroupStep:
                 out[tokens.start : tokens.stop].add_(term)
             else:
                 out.index_add_(0, tokens.index, term.to(out.dtype))
+
+
+class _Bags:
+    """Which rows of a bank's B each token and chunk of a group sums up; made once per plan for all sites."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def of(self, group: Group, chunks: int, rank: int) -> tuple[Tensor, Tensor]:
+        """(rows of B as [rows * chunks * r, g], int64 [m * chunks * r]; where each bag of r begins, [m * chunks])."""
+        key = (id(group), chunks, rank)
+        if key not in self._made:
+            size = chunks * rank
+            numbers = group.rows.index
+            if numbers is None:
+                numbers = torch.arange(group.rows.start, group.rows.stop, device=self._device)
+            rows = (numbers.unsqueeze(1) * size + torch.arange(size, device=self._device)).view(-1)
+            self._made[key] = rows, torch.arange(0, len(rows), rank, device=self._device)
+        return self._made[key]
 
 
 class _LongStep:
@@ -200,8 +267,8 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
     """The LoRA operations on plain torch tensors; the contract is `interface.LoraBackend`.
 
     `bytes_used` counts the adapters' own tensors. Active banks, which hold copies of the adapters that recent steps
-    used (rank padding included; float32 on a CPU), come on top: `bank_bytes`. A plan stays valid for the next seven
-    calls of `plan` that make a new one.
+    used (rank padding included), come on top: `bank_bytes`. A plan stays valid for the next seven calls of `plan` that
+    make a new one.
     """
 
     def __init__(
@@ -215,9 +282,10 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
         limits: SetLimits,
     ) -> None:
         super().__init__(sites, dtype=dtype, device=device, max_slots=max_slots, limits=limits)
-        # A CPU's batched products in half precision pay more per call than float32 pays in bytes.
-        half_on_cpu = device.type == "cpu" and dtype.itemsize < 4
-        self._bank_dtype = torch.float32 if half_on_cpu else dtype
+        self.products: Products = "auto"
+        self.bank_dtype = dtype
+        if device.type == "cpu" and dtype.itemsize < 4 and not (dtype == torch.bfloat16 and multiplies_bfloat16()):
+            self.bank_dtype = torch.float32
         self._budget = budget_bytes
         self._used = 0
         self._banks: dict[tuple[int, Signature], Bank] = {}
@@ -244,6 +312,16 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
     def bank_bytes(self) -> int:
         """Bytes of the active banks."""
         return sum(bank.nbytes for bank in self._banks.values())
+
+    def use(self, products: Products = "auto", bank_dtype: torch.dtype | None = None) -> None:
+        """Fixes which products plans consist of from now on, and the dtype of the banks (None: as it is).
+
+        For measurements and tests: results differ by rounding only. Plans made before must not be used any more.
+        """
+        self.products = products
+        self.bank_dtype = bank_dtype or self.bank_dtype
+        self._plans.clear()
+        self._banks.clear()
 
     def _reserve(self, ranks: dict[str, int], scales: frozenset[tuple[str, ScaleName]]) -> _Adapter:
         needed = self.bytes_needed(ranks, scales)
@@ -353,7 +431,7 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
         site, signature = key
         bank = self._banks.get(key)
         if bank is None:
-            bank = self._banks[key] = Bank(self.sites[site], signature, self._bank_dtype, self.device)
+            bank = self._banks[key] = Bank(self.sites[site], signature, self.bank_dtype, self.device)
         missing = [slot for slot in slots if slot not in bank.row_of]
         if missing:
             taken = busy.get(bank, set()) | {bank.row_of[slot] for slot in slots if slot in bank.row_of}
@@ -368,9 +446,10 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
 
     def _build(self, segments: Sequence[Segment], num_tokens: int) -> TorchLoraPlan:
         entries = make_entries(segments)
+        own = {slot for slot, entry in entries.items() if self._uses_own(entry, len(entries))}
         by_key: dict[tuple[int, Signature], list[int]] = {}
-        for slot, entry in entries.items():
-            if not entry.is_long:
+        for slot in entries:
+            if slot not in own:
                 for key in self._adapter(slot).signatures.items():
                     by_key.setdefault(key, []).append(slot)
         busy: dict[Bank, set[int]] = {}
@@ -392,16 +471,25 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
                     made[number] = (bank, slots, self._pattern(patterns, bank, slots, entries))
         plan = TorchLoraPlan(num_tokens, Sets.of(segments))
         plan.slots = frozenset(entries)
+        on_cpu_in_half = self.device.type == "cpu" and self.bank_dtype.itemsize < 4
+        bags = _Bags(self.device) if on_cpu_in_half else None
         for bank, slots, pattern in made:
             plan.rows.append((bank, bank.generation, frozenset(bank.row_of[slot] for slot in slots)))
-            plan.steps.setdefault(bank.site.index, []).extend(_GroupStep(bank, group) for group in pattern.groups)
+            plan.steps.setdefault(bank.site.index, []).extend(_GroupStep(bank, group, bags) for group in pattern.groups)
         for slot, entry in entries.items():
-            if entry.is_long:
+            if slot in own:
                 for number, tensors in self._adapter(slot).sites.items():
                     step = _LongStep(self.sites[number], tensors, entry.ranges)
                     plan.steps.setdefault(number, []).append(step)
         self._add_scalings(plan, segments)
         return plan
+
+    def _uses_own(self, entry: Entry, entries: int) -> bool:
+        """Whether the entry, one of so many, is computed from its adapter's own tensors; see the module's text."""
+        if self.products != "auto":
+            return self.products == "own"
+        limit = _OWN_TOKENS if self.bank_dtype.itemsize >= 4 else _OWN_TOKENS_HALF
+        return entry.is_long and (entries == 1 or len(entry.tokens) > limit * len(entry.ranges))
 
     def _add_scalings(self, plan: TorchLoraPlan, segments: Sequence[Segment]) -> None:
         """One scaling per segment and slice that has vectors."""

@@ -1,7 +1,8 @@
 """`TritonLoraBackend`: the segmented LoRA term as Triton kernels over one device arena.
 
 Per site and variant of the step: one shrink launch (`shrink.py`) and one expand launch (`expand.py`). Decode segments
-and prefill segments of the same step are launched apart, each at its own tile shape. The accumulation order of a
+and prefill segments of the same step are launched apart, each at its own tile shape. Where the expand is folded into
+the base product, that takes the place of all expands (`fold_launch.py`). The accumulation order of a
 token's result follows from in_features, its set and its segment's length, never from other segments.
 """
 
@@ -19,12 +20,13 @@ from loramux.kernels.buffers import StaticBuffer
 
 from .arena import ALIGNMENT_BYTES, Arena, Block
 from .expand import expand_kernel
+from .fold_launch import Folding, Shrunk, Terms, output_tiles
 from .interface import ArenaFullError, Lane, LoraPlan, ModuleWeights, Overlap, ScaleName, Site
 from .launch import (
     ENTRY_WIDTH,
+    MOST_REGISTERS,
     RECORD_WIDTH,
     SCALE_ELEMENTS,
-    SCALED_REGISTERS,
     VARIANTS,
     Launch,
     VariantName,
@@ -35,7 +37,7 @@ from .launch import (
 from .modules import SetLimits
 from .scale import scale_kernel
 from .shrink import shrink_kernel
-from .slots import Adapter, PlanKey, Sets, SlotBackend
+from .slots import Adapter, PlanKey, Sets, SlotBackend, check_gates
 from .table import DTYPES, LaunchTable
 from .triton_plan import (
     TouchedSites,
@@ -107,8 +109,9 @@ class TritonLoraBackend(SlotBackend[_Adapter, TritonLoraPlan]):
         limits: SetLimits,
         table: LaunchTable,
         overlap: Overlap = "none",
+        fold: bool | None = None,
     ) -> None:
-        """Raises ValueError for a dtype, a device or an overlap that the kernels do not serve."""
+        """`fold` is `Folding`'s. Raises ValueError for a dtype, device or overlap that the kernels do not serve."""
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype} is not served; use float32, bfloat16 or float16")
         cuda = device.type == "cuda"
@@ -123,6 +126,7 @@ class TritonLoraBackend(SlotBackend[_Adapter, TritonLoraPlan]):
         shapes = [(site.in_features, part.out_features) for site in self.sites for part in site.slices]
         self._num_modules = len(shapes)
         self.arena = Arena(shapes, dtype=dtype, device=device, budget_bytes=budget_bytes, slots=max_slots)
+        self._folding = Folding(self.sites, self.arena, self._choices, fold=fold, dependent=self._dependent)
         self._lanes: dict[Lane, _LaneState] = {"tokens": _LaneState(limits, device), "rows": _LaneState(limits, device)}
         self._everywhere = {
             (lane, scaled): _all_sites(self.sites, lane, scaled=scaled)
@@ -175,11 +179,7 @@ class TritonLoraBackend(SlotBackend[_Adapter, TritonLoraPlan]):
             }
             if self._dependent:
                 expand[variant]["launch_pdl"] = True
-            rows: list[tuple[int, int, int, int]] = []
-            for part, width in enumerate(widths):
-                rows.extend((part, first, width, site.column(part)) for first in range(0, width, wide.block_n))
-            with torch.inference_mode(False):
-                tiles[variant] = torch.tensor(rows, dtype=torch.int32, device=self.device)
+            tiles[variant] = output_tiles(site, wide.block_n, self.device)
         first_module = sum(len(before.slices) for before in self.sites[: site.index])
         return _SiteLayout(first_module, splits, shrink, expand, tiles)
 
@@ -429,9 +429,38 @@ class TritonLoraBackend(SlotBackend[_Adapter, TritonLoraPlan]):
                 STRIDED=launch.padded,
                 SCALED=plan.scales_output(site),
                 GATES=gates is not None,
-                maxnreg=SCALED_REGISTERS if gates is not None or plan.scales_output(site) else None,
+                maxnreg=MOST_REGISTERS,
                 **layout.expand[launch.variant],
             )
+
+    def folds(self, site: Site, weight: Tensor, plan: LoraPlan) -> bool:
+        """Where some adapter may have a term and `Folding` chooses it: the same for all plans of a graph key."""
+        own = self._own(plan)
+        return own.touches(site) and self._folding.chosen(site, weight, own.num_tokens)
+
+    def project(
+        self, site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, plan: LoraPlan, gates: Tensor | None = None
+    ) -> Tensor:
+        """The shrink, then the product with the expand in its epilogue; no side stream, as nothing is left beside it.
+
+        Raises ValueError unless `folds`, and for wrong gates.
+        """
+        own = self._own(plan)
+        if not self.folds(site, weight, own):
+            return super().project(site, x, weight, bias, own, gates)
+        check_gates(gates, own)
+        inputs = self.scale_input(site, x, own, gates)
+        self._launch_shrink(site, x, own)
+        layout, state, width = self._layouts[site.index], self._state(own), self._limits.max_set_rank
+        shrunk: list[Shrunk] = []
+        for launch, (_, records) in zip(own.launches, state.views, strict=True):
+            h, split_stride, _, _ = self._h(site, launch)
+            shrunk.append(Shrunk(records, h, split_stride, layout.splits if launch.partials else 1))
+        terms = Terms(
+            shrunk, state.entries.tensor, gates, len(site.slices) * width, width, layout.first_module,
+            own.scales_output(site),
+        )  # fmt: skip
+        return self._folding(site, inputs, weight, bias, terms)
 
     def _scale_input(self, site: Site, x: Tensor, plan: TritonLoraPlan, gates: Tensor | None) -> Tensor:
         scaled, layout, state = x.clone(), self._layouts[site.index], self._state(plan)

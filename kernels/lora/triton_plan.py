@@ -8,6 +8,7 @@
 The buffers are bounded by the backend's limits and never move, so a captured graph may refer to them.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,63 +84,70 @@ class TritonLoraPlan(BackendPlan):
         return bool(self.sites.in_scaled >> site.index & 1)
 
 
-def _entries(segments: Sequence[Segment], rank_of: Callable[[int], int]) -> tuple[Array, Array, Array]:
-    """(entries [n, 4], the rank of each, and [segments + 1]: where each segment's entries begin)."""
-    slots = [slot for segment in segments for slot, _ in segment.adapters]
-    weights = [weight for segment in segments for _, weight in segment.adapters]
-    bounds = _bounds([len(segment.adapters) for segment in segments])
-    ranks = np.array([rank_of(slot) for slot in slots], dtype=np.int32)
-    before = _bounds(ranks)
-    entries = np.zeros((len(slots), ENTRY_WIDTH), dtype=np.int32)
-    entries[:, 0] = slots
-    entries[:, 1] = before[:-1] - np.repeat(before[bounds[:-1]], np.diff(bounds))
-    entries[:, 2] = np.array(weights, dtype=np.float32).view(np.int32)
-    return entries, ranks, bounds
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """A step's segments as int32 arrays: [n] first token and tokens, [n + 1] where the entries of each begin.
+
+    `ranks` is by entry; `entries` [m, 4] are as in the buffer.
+    """
+
+    starts: Array
+    lengths: Array
+    bounds: Array
+    ranks: Array
+    entries: Array
+
+    @staticmethod
+    def of(segments: Sequence[Segment], rank_of: Callable[[int], int]) -> "_Columns":
+        """The columns of segments in this order."""
+        adapters = [adapter for segment in segments for adapter in segment.adapters]
+        limits = np.array([(segment.start, segment.end) for segment in segments], dtype=np.int32).reshape(-1, 2)
+        bounds = _bounds(np.array([len(segment.adapters) for segment in segments], dtype=np.int32))
+        ranks = np.array([rank_of(slot) for slot, _ in adapters], dtype=np.int32)
+        entries = np.zeros((len(adapters), ENTRY_WIDTH), dtype=np.int32)
+        if adapters:
+            before = _bounds(ranks)
+            entries[:, 0] = [slot for slot, _ in adapters]
+            entries[:, 1] = before[:-1] - before[bounds[:-1]].repeat(np.diff(bounds))
+            entries[:, 2] = np.array([weight for _, weight in adapters], dtype=np.float32).view(np.int32)
+        return _Columns(limits[:, 0], limits[:, 1] - limits[:, 0], bounds, ranks, entries)
+
+    def records(self, rows: Array, block_m: Array, block_r: Array) -> tuple[Array, Array, Array, Array]:
+        """(shrink records, expand records, the segment of each of both), without headers.
+
+        All [n], by segment: the first row of h, and the tile.
+        """
+        counts = -(-self.lengths // block_m)
+        owners = np.arange(len(counts), dtype=np.int32).repeat(counts)
+        first = _within(counts) * block_m[owners]
+        expand = np.zeros((len(owners), RECORD_WIDTH), dtype=np.int32)
+        expand[:, 0] = self.starts[owners] + first
+        expand[:, 1] = np.minimum(block_m[owners], self.lengths[owners] - first)
+        expand[:, 2] = self.bounds[owners]
+        expand[:, 3] = self.bounds[owners + 1]
+        expand[:, 4] = rows[owners] + first
+
+        blocks = -(-self.ranks // block_r.repeat(np.diff(self.bounds)))  # by entry
+        before = _bounds(blocks)
+        of_tile = before[expand[:, 3]] - before[expand[:, 2]]
+        shrink = expand.repeat(of_tile, axis=0)
+        block = before[expand[:, 2]].repeat(of_tile) + _within(of_tile)
+        shrink[:, 2] = np.arange(len(blocks), dtype=np.int32).repeat(blocks)[block]
+        shrink[:, 3] = _within(blocks)[block]
+        return shrink, expand, owners.repeat(of_tile), owners
 
 
-def _bounds(counts: npt.ArrayLike) -> Array:
+def _bounds(counts: Array) -> Array:
     """[0, counts[0], counts[0] + counts[1], ...]."""
-    return np.concatenate(([0], np.cumsum(counts, dtype=np.int32))).astype(np.int32)
+    bounds = np.zeros(len(counts) + 1, dtype=np.int32)
+    counts.cumsum(out=bounds[1:])
+    return bounds
 
 
 def _within(counts: Array) -> Array:
     """0 .. counts[0] - 1, then 0 .. counts[1] - 1, ..."""
     bounds = _bounds(counts)
-    return np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], counts)
-
-
-def _records(
-    segments: Sequence[Segment], ranks: Array, bounds: Array, tile: Tile, row: int
-) -> tuple[Array, Array]:  # fmt: skip
-    """(shrink records, expand records) of one variant, without headers.
-
-    `bounds` says where the entries of each of these segments begin, `ranks` is by entry; rows of h are handed out from
-    `row`.
-    """
-    starts = np.array([segment.start for segment in segments], dtype=np.int32)
-    lengths = np.array([segment.end for segment in segments], dtype=np.int32) - starts
-    counts = -(-lengths // tile.block_m)
-    owners = np.repeat(np.arange(len(segments), dtype=np.int32), counts)
-    first = _within(counts) * tile.block_m
-    expand = np.zeros((len(owners), RECORD_WIDTH), dtype=np.int32)
-    expand[:, 0] = starts[owners] + first
-    expand[:, 1] = np.minimum(tile.block_m, lengths[owners] - first)
-    expand[:, 2] = bounds[owners]
-    expand[:, 3] = bounds[owners + 1]
-    expand[:, 4] = row + _bounds(lengths)[owners] + first
-
-    blocks = -(-ranks // tile.block_r)  # by entry
-    blocks_before = _bounds(blocks)
-    of_tile = blocks_before[expand[:, 3]] - blocks_before[expand[:, 2]]
-    shrink = np.repeat(expand, of_tile, axis=0)
-    block = np.repeat(blocks_before[expand[:, 2]], of_tile) + _within(of_tile)
-    shrink[:, 2] = np.repeat(np.arange(len(ranks), dtype=np.int32), blocks)[block]
-    shrink[:, 3] = _within(blocks)[block]
-    return shrink, expand
-
-
-def _header(count: int) -> Array:
-    return np.array([[count, *(0,) * (RECORD_WIDTH - 1)]], dtype=np.int32)
+    return np.arange(bounds[-1], dtype=np.int32) - bounds[:-1].repeat(counts)
 
 
 def build(
@@ -152,25 +160,39 @@ def build(
     """
     chosen = {variant: [s for s in segments if (s.end - s.start <= SHORT_TOKENS) == (variant == "decode")]
               for variant in VARIANTS}  # fmt: skip
-    entries, ranks, bounds = _entries([s for variant in VARIANTS for s in chosen[variant]], rank_of)
-    records: list[Array] = [np.zeros((0, RECORD_WIDTH), dtype=np.int32)]
-    launches: list[Launch] = []
+    columns = _Columns.of([s for variant in VARIANTS for s in chosen[variant]], rank_of)
+    rows, block_m, block_r = (np.zeros_like(columns.starts) for _ in range(3))
+    ends: list[int] = []
+    partials: dict[VariantName, bool] = {}
     used = {True: 0, False: 0}
-    start = segment = 0
+    start = 0
     for variant in VARIANTS:
+        own = slice(start, start + len(chosen[variant]))
+        tokens = int(columns.lengths[own].sum())
+        fits = partials[variant] = used[True] + tokens <= partial_rows
+        rows[own] = used[fits] + _bounds(columns.lengths[own])[:-1]
+        block_m[own], block_r[own] = tiles[variant].block_m, tiles[variant].block_r
+        used[fits] += tokens
+        ends.append(start := own.stop)
+    shrink, expand, shrink_owners, expand_owners = columns.records(rows, block_m, block_r)
+    shrink_ends = shrink_owners.searchsorted(ends).tolist()
+    expand_ends = expand_owners.searchsorted(ends).tolist()
+    records = np.zeros((len(shrink) + len(expand) + 2 * len(VARIANTS), RECORD_WIDTH), dtype=np.int32)
+    launches: list[Launch] = []
+    place = 0
+    for variant, shrinks, expands in zip(
+        VARIANTS, itertools.pairwise([0, *shrink_ends]), itertools.pairwise([0, *expand_ends]), strict=True
+    ):
         if not chosen[variant]:
             continue
-        own = bounds[segment : segment + len(chosen[variant]) + 1]
-        segment += len(chosen[variant])
-        tokens = sum(s.end - s.start for s in chosen[variant])
-        partials = used[True] + tokens <= partial_rows
-        shrink, expand = _records(chosen[variant], ranks, own, tiles[variant], used[partials])
-        used[partials] += tokens
-        records.extend((_header(len(shrink)), shrink, _header(len(expand)), expand))
-        programs = (start, len(shrink)), (start + 1 + len(shrink), len(expand))
-        launches.append(Launch(variant, partials, False, *programs))
-        start += 2 + len(shrink) + len(expand)
-    return launches, entries, np.concatenate(records)
+        programs = []
+        for found, (low, high) in ((shrink, shrinks), (expand, expands)):
+            records[place, 0] = high - low
+            records[place + 1 : place + 1 + high - low] = found[low:high]
+            programs.append((place, high - low))
+            place += 1 + high - low
+        launches.append(Launch(variant, partials[variant], False, programs[0], programs[1]))
+    return launches, columns.entries, records[:place]
 
 
 def build_padded(
@@ -183,14 +205,16 @@ def build_padded(
     that has several takes them one after the other. So one grid serves any ranks and sets, and the price is bounded by
     `PADDED_PROGRAMS` idle programs per launch.
     """
-    entries, ranks, bounds = _entries(segments, rank_of)
-    shrink, expand = _records(segments, ranks, bounds, tile, 0)
+    columns = _Columns.of(segments, rank_of)
+    same = np.ones_like(columns.starts)
+    rows = _bounds(columns.lengths)[:-1]
+    shrink, expand, _, _ = columns.records(rows, same * tile.block_m, same * tile.block_r)
     records = np.zeros((num_tokens + 2 + len(shrink), RECORD_WIDTH), dtype=np.int32)
     records[0, 0], records[num_tokens + 1, 0] = len(expand), len(shrink)
     records[1 : 1 + len(expand)] = expand
     records[num_tokens + 2 :] = shrink
     programs = (num_tokens + 1, max(num_tokens, MIN_PADDED)), (0, num_tokens)
-    return [Launch("decode", True, True, *programs)], entries, records
+    return [Launch("decode", True, True, *programs)], columns.entries, records
 
 
 def max_records(max_tokens: int, max_set_size: int, max_set_rank: int) -> int:

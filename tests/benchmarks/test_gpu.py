@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ("gpu", "cold_adapter", "host_time")
 MODULES = (
-    "gpu_correctness", "gpu_timing", "gpu_models", "gpu_ceilings", "gpu_lora", "gpu_attention", "gpu_engine",
+    "gpu_correctness", "gpu_timing", "gpu_models", "gpu_ceilings", "gpu_lora", "gpu_linear", "gpu_attention",
+    "gpu_engine",
     "gpu_workload",
 )  # fmt: skip
 ALLOWED = {"torch", "triton", "transformers", "numpy", "peft", "loramux"}
@@ -72,7 +73,7 @@ def test_every_section_runs(small: Any) -> None:
     result, out = small["gpu"]
     assert result["complete"]
     assert {name: section["status"] for name, section in result["sections"].items()} == dict.fromkeys(
-        ("correctness", "ceilings", "lora", "attention", "decode", "workload", "cold", "switches"), "done"
+        ("correctness", "ceilings", "lora", "linear", "attention", "decode", "workload", "cold", "switches"), "done"
     )
     assert json.loads(out.splitlines()[-1]) == result
     for key in ("environment", "budget_seconds", "seconds", "dtype", "card"):
@@ -85,9 +86,9 @@ def test_a_cpu_claims_nothing(small: Any) -> None:
     sections = result["sections"]
     ceilings = sections["ceilings"]
     assert ceilings["bandwidth_bytes_per_second"] is ceilings["flops_per_second"] is None
-    rows = [row for name in ("lora", "attention", "decode") for row in sections[name]["rows"]]
+    rows = [row for name in ("lora", "linear", "attention", "decode", "switches") for row in sections[name]["rows"]]
     assert len(rows) > 8
-    for row in rows:
+    for row in (row for row in rows if "seconds" in row or "ours_seconds" in row):
         assert row["floor_seconds"] is None
         assert row.get("bandwidth_share") is None
     assert "not claimed on a CPU" in out
@@ -98,6 +99,7 @@ def test_correctness_comes_first(small: Any) -> None:
     assert checks["failed"] == {}
     assert set(checks["rows"]) == {"LoRA kernels", "attention kernels", "engine"}
     assert all(row["good"] for rows in checks["rows"].values() for row in rows)
+    assert sum(row["case"].endswith(", folded") for row in checks["rows"]["LoRA kernels"]) == 4
     for row in checks["rows"]["engine"]:
         assert row["equal"] == row["of"] == row["changed_by_adapters"] + 1
 
@@ -111,6 +113,10 @@ def test_kernel_rows(small: Any) -> None:
         assert max(row["error"], row["loop_error"], row["gather_error"]) < 1e-5
         assert min(row[f"{way}_seconds"] for way in ("ours", "ours_eager", "loop", "loop_eager", "gather")) > 0
         assert row["bytes"] > 0
+    assert [row["way"] for row in sections["linear"]["rows"]] == ["base", "apart", "fold"]
+    for row in sections["linear"]["rows"]:
+        assert row["good"]
+        assert row["seconds"] > 0 < row["bytes"]
     for row in sections["attention"]["rows"]:
         assert row["error"] < 1e-5
         assert row["ours_seconds"] > 0 < row["torch_seconds"]

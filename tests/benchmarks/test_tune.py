@@ -1,5 +1,6 @@
 """The search of launch tables, over made-up times, and what it writes."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from loramux.kernels.lora.launch import Entry, Tile
+from loramux.kernels.lora.launch import Entry, FoldEntry, Tile
 from loramux.kernels.lora.table import load_table
 
 FOLDER = str(Path(__file__).parents[2] / "benchmarks")
@@ -56,8 +57,38 @@ def test_the_quickest_agreeing_entries_are_chosen_written_and_read(tune: ModuleT
         assert entry.shrink.block_m == (16 if entry.variant == "decode" else 64)
     where = {"card": "Made Up 9000", "date": "2025-01-31", "packages": {"torch": "2.11", "triton": "3.6"}}
     path = tmp_path / "tables" / "made-up-9000.json"
-    tune.write_table(path, where, entries)
+    folds = tune.search_folds(torch.bfloat16, [(64, 32)], fold_seconds, lambda entry: True)
+    tune.write_table(path, where, entries, folds)
     assert list(load_table(path).entries) == entries
+    assert list(load_table(path).folds) == folds
+
+
+def fold_seconds(entry: FoldEntry | None, inputs: int, outputs: int, tokens: int) -> float:
+    """3 apart; folded 2 at the widest tiles for up to 32 tokens, 4 beyond and at narrower ones."""
+    if entry is None:
+        return 3.0
+    return 2.0 if entry.fold.block_n == 64 and tokens <= 32 else 4.0
+
+
+def test_folds_are_kept_with_their_ratio_whether_they_won_or_not(tune: ModuleType) -> None:
+    folds = tune.search_folds(torch.bfloat16, [(64, 32), (64, 96)], fold_seconds, lambda entry: True, (1, 32, 128))
+    assert [(fold.out_features, fold.tokens, fold.won) for fold in folds] == [
+        (outs, tokens, tokens <= 32) for outs in (32, 96) for tokens in (1, 32, 128)
+    ]
+    assert {fold.ratio for fold in folds} == {2 / 3, 4 / 3}
+    assert all(fold.fold.block_n == 64 for fold in folds if fold.won)
+    right = tune.search_folds(
+        torch.bfloat16, [(64, 32)], fold_seconds, lambda entry: entry.fold.block_n == 32, (1, 128)
+    )
+    assert [(fold.tokens, fold.won) for fold in right] == [(1, False)]
+    assert tune.search_folds(torch.bfloat16, [(64, 32)], fold_seconds, lambda entry: False) == []
+
+
+def test_shapes_are_read(tune: ModuleType) -> None:
+    assert tune._shape("4096x6144") == (4096, 6144)
+    for text in ("4096", "0x5", "ax5", "1x2x3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="INxOUT"):
+            tune._shape(text)
 
 
 def test_wrong_and_impossible_entries_are_passed_over(tune: ModuleType) -> None:
@@ -87,6 +118,9 @@ def test_every_candidate_fits_a_table(tune: ModuleType) -> None:
                 *(tune._with(plain, tile, expand=config) for config in tune.expand_configs(tile)),
             ):
                 tune.LaunchTable(tune._both(entry))
+    for tokens in tune.FOLD_TOKENS:
+        for config in tune.fold_configs(tokens):
+            tune.LaunchTable(folds=[FoldEntry("bfloat16", 64, 32, tokens, 1.0, config)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a card")

@@ -19,8 +19,8 @@ from loramux.server.engine.kernel_attention import KernelAttention
 from loramux.server.engine.loading import prepare_model
 from loramux.server.engine.protocol import AdapterRef, EngineRequest, SamplingParams
 from loramux.server.engine.runner import Runner
-from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.step import Chunk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -8,6 +8,7 @@ from loramux.kernels.lora.cases import (
     Case,
     Weights,
     check,
+    check_folded,
     large_cases,
     load,
     relative_error,
@@ -28,11 +29,15 @@ CASES = [*small_cases(), *large_cases(), *GRID]
 
 
 def backend_of(
-    case: Case, dtype: torch.dtype, implementation: str | None = None, overlap: Overlap = "none"
+    case: Case,
+    dtype: torch.dtype,
+    implementation: str | None = None,
+    overlap: Overlap = "none",
+    fold: bool | None = None,
 ) -> LoraBackend:
     return make_backend(
         [case.site], dtype=dtype, device="cuda", budget_bytes=1 << 31, max_slots=160, max_tokens=8192,
-        max_set_rank=600, implementation=implementation, overlap=overlap,
+        max_set_rank=600, implementation=implementation, overlap=overlap, fold=fold,
     )  # fmt: skip
 
 
@@ -73,6 +78,54 @@ def test_padded_plans_match_the_reference(case: Case) -> None:
     backend, weights = backend_of(case, torch.bfloat16), case.weights(torch.bfloat16)
     slots = [load(backend, adapter) for adapter in weights]
     assert check(backend, case, slots, weights, padded=True) <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *scaled_cases()], ids=lambda case: case.name)
+def test_folded_projections_match_the_reference(case: Case, dtype: torch.dtype) -> None:
+    for overlap in overlaps():
+        backend, weights = backend_of(case, dtype, overlap=overlap, fold=True), case.weights(dtype)
+        for memory in (backend.arena.memory, backend._whole, backend._parts):
+            memory.fill_(torch.nan)
+        slots = [load(backend, adapter) for adapter in weights]
+        for padded in (False, True) if case.num_tokens <= 512 else (False,):
+            assert check_folded(backend, case, slots, weights, padded=padded) <= TOLERANCE[dtype]
+        if case.scales:
+            assert check_folded(backend, case, slots, weights, gated=True) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("overlap", overlaps())
+def test_a_folded_graph_serves_every_mix_of_adapters(overlap: Overlap) -> None:
+    """The same bits as op by op, at any mix, with garbage in what the graph before left behind."""
+    dtype, rows = torch.bfloat16, 24
+    case, weights = mixed_adapters(dtype)
+    backend, site = backend_of(case, dtype, overlap=overlap, fold=True), case.site
+    generator = torch.Generator(device="cuda").manual_seed(3)
+    x = torch.zeros(rows, 2048, device="cuda", dtype=dtype)
+    weight = torch.randn(3072, 2048, device="cuda", dtype=dtype, generator=generator)
+    (plan,) = backend.capture_plans(rows)
+    assert backend.folds(site, weight, plan)
+    backend.project(site, x, weight, None, plan)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = backend.project(site, x, weight, None, plan)
+    slots = [load(backend, adapter) for adapter in weights]
+    for shift in range(6):
+        order = slots[shift:] + slots[:shift]
+        segments = [
+            Segment(4 * i, 4 * i + 3, ((slot, 1.0), (order[0], 0.5))[: 1 + (i > 0)]) for i, slot in enumerate(order)
+        ]
+        x.copy_(torch.randn(rows, 2048, device="cuda", generator=generator))
+        replayed = backend.plan(segments, rows, padded=True)
+        assert replayed is not None
+        assert replayed.graph_key == plan.graph_key
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(backend.project(site, x, weight, None, replayed), out)
+        expected = torch.nn.functional.linear(x.double(), weight.double()).cpu()
+        add_reference(site, x.cpu(), expected, segments, dict(zip(slots, weights, strict=True)))
+        assert relative_error(out.cpu(), expected) <= 1e-2
 
 
 def mixed_adapters(dtype: torch.dtype) -> tuple[Case, list[Weights]]:
@@ -152,10 +205,11 @@ def test_overlap_does_not_change_the_result(overlap: Overlap) -> None:
 def test_plans_and_products_never_wait_for_the_card() -> None:
     dtype = torch.bfloat16
     case, weights = mixed_adapters(dtype)
-    backend = backend_of(case, dtype)
+    backend = backend_of(case, dtype, fold=True)
     slots = [load(backend, adapter) for adapter in weights]
     x = torch.randn(6, 2048, device="cuda", dtype=dtype)
     out = torch.zeros(6, 3072, device="cuda", dtype=dtype)
+    weight = torch.randn(3072, 2048, device="cuda", dtype=dtype)
     for waiting in ("default", "error"):  # the first round compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(waiting)
@@ -167,6 +221,7 @@ def test_plans_and_products_never_wait_for_the_card() -> None:
                     plan = backend.plan(segments, 6, padded=padded)
                     assert plan is not None
                     backend.add(case.site, x, out, plan)
+                    backend.project(case.site, x, weight, None, plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -1,10 +1,9 @@
 """The dense kernels on the CPU, through Triton's interpreter. Collected by `test_dense_interpreter.py`, which runs this
 file in a process of its own: the interpreter is chosen when triton is imported, and excludes compiling."""
 
-import numpy as np
 import pytest
 import torch
-from triton.runtime import interpreter
+from support.interpreter import multiply_bfloat16
 
 from loramux.kernels.attention import AttentionBatch, AttentionLimits, AttentionShape
 from loramux.kernels.attention import make_backend as make_attention
@@ -21,19 +20,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @pytest.fixture(autouse=True)
 def _bfloat16_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as uint16 and multiplies those integers; widen them to float32 first."""
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def widen(handle):
-        if str(handle.dtype.scalar) != "bf16":
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return plain(self, widen(a), widen(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    multiply_bfloat16(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -3,13 +3,12 @@ this file in a process of its own: the interpreter is chosen when triton is impo
 
 import threading
 
-import numpy as np
 import pytest
 import torch
+from support.interpreter import multiply_bfloat16
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter
 
-from loramux.kernels.lora import ArenaFullError, Segment, launch, make_backend, triton_backend
+from loramux.kernels.lora import ArenaFullError, Segment, fold_launch, launch, make_backend, triton_backend
 from loramux.kernels.lora import triton_plan as plans
 from loramux.kernels.lora.cases import Case, check, load, relative_error, scaled_cases, single, small_cases
 from loramux.kernels.lora.interface import ModuleWeights, Site, SiteSlice
@@ -22,26 +21,16 @@ CASES = small_cases()
 
 @pytest.fixture(autouse=True)
 def _bfloat16_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as uint16 and multiplies those integers; widen them to float32 first."""
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def widen(handle):
-        if str(handle.dtype.scalar) != "bf16":
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return plain(self, widen(a), widen(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    multiply_bfloat16(monkeypatch)
 
 
-def backend_of(case: Case, dtype: torch.dtype = torch.float32, *, budget: int = 1 << 20) -> TritonLoraBackend:
+def backend_of(
+    case: Case, dtype: torch.dtype = torch.float32, *, budget: int = 1 << 20, fold: bool = False
+) -> TritonLoraBackend:
     """A backend whose arena and scratch are NaN, so that a read of what nobody wrote shows."""
     backend = make_backend(
         [case.site], dtype=dtype, device="cpu", budget_bytes=budget, max_slots=16, max_tokens=64, max_set_rank=400,
-        implementation="triton",
+        implementation="triton", fold=fold,
     )  # fmt: skip
     assert isinstance(backend, TritonLoraBackend)
     for memory in (backend.arena.memory, backend._whole, backend._parts):
@@ -224,7 +213,10 @@ def launches_of(backend: TritonLoraBackend, plan, sites: list[Site], rows: int, 
 
         def __getitem__(self, grid):
             def launch(*args, **constants):
-                plain = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args[1:])
+                theirs = 3 if self.name == "fold_kernel" else 1  # the caller's tensors: out, and x and weights
+                plain = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args[theirs:])
+                if self.name == "fold_kernel":
+                    plain = plain[1:]  # no bias: weights stand in for it
                 seen.append((self.name, grid, plain, tuple(sorted(constants.items()))))
 
             return launch
@@ -232,14 +224,18 @@ def launches_of(backend: TritonLoraBackend, plan, sites: list[Site], rows: int, 
     with monkeypatch.context() as patch:
         for name in ("shrink_kernel", "expand_kernel", "scale_kernel"):
             patch.setattr(triton_backend, name, Recorder(name))
+        patch.setattr(fold_launch, "fold_kernel", Recorder("fold_kernel"))
         for site in sites:
-            if plan.touches(site):
+            weight = torch.empty(site.out_features, site.in_features)
+            if backend.folds(site, weight, plan):
+                backend.project(site, torch.zeros(rows, site.in_features), weight, None, plan)
+            elif plan.touches(site):
                 x = backend.scale_input(site, torch.zeros(rows, site.in_features), plan)
                 backend.add(site, x, torch.zeros(rows, site.out_features), plan)
     return seen
 
 
-def graph_backend() -> tuple[TritonLoraBackend, list[int]]:
+def graph_backend(*, fold: bool = False) -> tuple[TritonLoraBackend, list[int]]:
     """Two sites for tokens and a head, with adapters of ranks 4 and 40, one at the head, one with an output scale."""
     sites = [
         Site(0, 24, (SiteSlice("q", 16), SiteSlice("k", 8))),
@@ -248,7 +244,7 @@ def graph_backend() -> tuple[TritonLoraBackend, list[int]]:
     ]
     backend = make_backend(
         sites, dtype=torch.float32, device="cpu", budget_bytes=1 << 16, max_slots=8, max_tokens=1024,
-        max_set_rank=64, implementation="triton",
+        max_set_rank=64, implementation="triton", fold=fold,
     )  # fmt: skip
     assert isinstance(backend, TritonLoraBackend)
     shapes = {"q": (24, 16), "k": (24, 8), "o": (16, 24), "head": (24, 32)}
@@ -268,14 +264,18 @@ def graph_backend() -> tuple[TritonLoraBackend, list[int]]:
     return backend, [load(backend, adapter) for adapter in adapters]
 
 
-def test_equal_graph_keys_mean_equal_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, (small, large, head, scaled) = graph_backend()
+@pytest.mark.parametrize("fold", [False, True], ids=["apart", "folded"])
+def test_equal_graph_keys_mean_equal_launches(fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, (small, large, head, scaled) = graph_backend(fold=fold)
     sites, rows = list(backend.sites), 6
     dummies = {}
     for lane, mine in (("tokens", sites[:2]), ("rows", sites[2:])):
         for plan in backend.capture_plans(rows, lane, scaled=True):
             dummies[plan.graph_key] = launches_of(backend, plan, mine, rows, monkeypatch)
     assert len(dummies) == 4
+    assert {name for launches in dummies.values() for name, *_ in launches} == (
+        {"shrink_kernel", "scale_kernel", "fold_kernel" if fold else "expand_kernel"}
+    )
     for slots in ([small], [large, small], [large] * 6, [head] * 6, [small, large, head, head, large, small]):
         plan = backend.plan(tokens_of(slots), rows, padded=True)
         assert plan is not None
@@ -384,7 +384,7 @@ class NoWaiting(TorchDispatchMode):
 
 def test_plan_and_add_do_not_wait_for_the_device() -> None:
     case = scaled_cases()[2]
-    backend, weights = backend_of(case), case.weights(torch.float32)
+    backend, weights = backend_of(case, fold=True), case.weights(torch.float32)
     slots = [load(backend, adapter) for adapter in weights]
     x, out, gates = torch.randn(case.num_tokens, 65), torch.zeros(case.num_tokens, 70), case.gates()
     with NoWaiting():
@@ -393,3 +393,4 @@ def test_plan_and_add_do_not_wait_for_the_device() -> None:
             assert plan is not None
             x = backend.scale_input(case.site, x, plan, gates)
             backend.add(case.site, x, out, plan, gates)
+            backend.project(case.site, x, torch.zeros(70, 65), None, plan, gates)

@@ -1,6 +1,7 @@
 """Launch tables: which entry a site gets, and what is wrong with a file said by name."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,16 @@ import pytest
 import torch
 
 from loramux.kernels.lora import LaunchTable
-from loramux.kernels.lora.launch import Entry, ExpandConfig, ShrinkConfig, Tile, default_entries
+from loramux.kernels.lora.launch import (
+    Entry,
+    ExpandConfig,
+    FoldConfig,
+    FoldEntry,
+    ShrinkConfig,
+    Tile,
+    default_entries,
+    default_folds,
+)
 from loramux.kernels.lora.table import DTYPES, TABLES, card_slug, load_table, table_for
 
 
@@ -19,9 +29,11 @@ def pair(features: int, block_k: int = 64, block_n: int = 64) -> list[Entry]:
     return [Entry("bfloat16", "decode", features, *short), Entry("bfloat16", "prefill", features, *long)]
 
 
-def write(folder: Path, entries: list[Any], card: str = "Made Up 9000") -> Path:
+def write(folder: Path, entries: list[Any], folds: Sequence[Any] = (), card: str = "Made Up 9000") -> Path:
     path = folder / f"{card_slug(card)}.json"
-    content = {"card": card, "date": "2025-01-31", "versions": {"torch": "2.11"}, "entries": entries}
+    content = {
+        "card": card, "date": "2025-01-31", "versions": {"torch": "2.11"}, "entries": entries, "folds": list(folds),
+    }  # fmt: skip
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
@@ -52,6 +64,54 @@ def test_defaults_are_a_valid_table(dtype: torch.dtype) -> None:
 def test_shipped_tables_load() -> None:
     for path in TABLES.glob("*.json"):
         assert load_table(path).entries
+
+
+FOLD = FoldEntry("bfloat16", 4096, 6144, 32, 0.9, FoldConfig(32, 64, 64, 16, 4, 4))
+
+
+def test_a_step_gets_the_fold_of_the_fewest_tokens_that_holds_it(tmp_path: Path) -> None:
+    tiny, long = FoldConfig(16, 32, 64, 16, 4, 2), FoldConfig(64, 64, 64, 16, 4, 2)
+    folds = [replace(FOLD, tokens=512, ratio=1.5, fold=long), FOLD, replace(FOLD, tokens=8, ratio=0.5, fold=tiny)]
+    table = load_table(write(tmp_path, [], [asdict(fold) for fold in folds]))
+    assert table.folds == tuple(folds)
+    choices = table.choose(torch.bfloat16)
+    defaults = [config for _, config in default_folds(torch.bfloat16)]
+    for tokens, config, won in (
+        (1, tiny, True), (8, tiny, True), (9, FOLD.fold, True), (33, long, False), (513, defaults[-1], False),
+    ):  # fmt: skip
+        assert choices.fold(4096, 6144, tokens) == config
+        assert choices.fold_won(4096, 6144, tokens) == won
+    assert choices.folds(4096, 6144, won_only=True) == [tiny, FOLD.fold]
+    assert choices.folds(4096, 6144, won_only=False) == [tiny, FOLD.fold, long, *defaults]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes_that_were_not_measured_get_the_default_folds_and_never_by_themselves(dtype: torch.dtype) -> None:
+    choices = LaunchTable(folds=[FOLD]).choose(dtype)
+    defaults = default_folds(dtype)
+    for tokens in (1, 16, 17, 32, 33, 9999):
+        assert choices.fold(4096, 4096, tokens) == next(config for bound, config in defaults if tokens <= bound)
+        assert not choices.fold_won(4096, 4096, tokens)
+    assert choices.folds(4096, 4096, won_only=True) == []
+    assert LaunchTable(folds=[replace(FOLD, fold=config) for _, config in defaults[:1]]).folds
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ([FOLD, FOLD], "fold 1: bfloat16 4096 6144 32 is there twice"),
+        ([replace(FOLD, dtype="int8")], "fold 0: dtype 'int8' is none of bfloat16"),
+        ([replace(FOLD, tokens=0)], "fold 0: tokens 0 is not a positive whole number"),
+        ([replace(FOLD, in_features=1.5)], "in_features 1.5 is not a positive whole number"),
+        ([replace(FOLD, ratio=0)], "ratio 0 is not a positive number"),
+        ([replace(FOLD, ratio="fast")], "ratio 'fast' is not a positive number"),
+        ([replace(FOLD, fold=replace(FOLD.fold, block_r=8))], "fold block_r 8 is not a power of two from 16 to 128"),
+    ],
+)
+def test_wrong_folds_are_named(folds: list[FoldEntry], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, [], [asdict(fold) for fold in folds])
+    with pytest.raises(ValueError, match=r"made-up-9000\.json.*" + message):
+        load_table(path)
 
 
 DECODE, PREFILL = pair(1024)
@@ -99,6 +159,8 @@ def test_malformed_files_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             load_table(write(tmp_path, entries))
+    with pytest.raises(ValueError, match="fold 0: fold: missing or unknown block_k"):
+        load_table(write(tmp_path, [], [asdict(FOLD) | {"fold": {"block_m": 16}}]))
     path = write(tmp_path, []).rename(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"call it made-up-9000\.json"):
         load_table(path)

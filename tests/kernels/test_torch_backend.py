@@ -18,10 +18,18 @@ from loramux.kernels.lora.cases import (
     small_cases,
 )
 from loramux.kernels.lora.reference import add_reference
-from loramux.kernels.lora.torch_backend import TorchLoraBackend, _GroupStep
+from loramux.kernels.lora.torch_backend import Products, TorchLoraBackend, _GroupStep, _LongStep
 from loramux.kernels.lora.torch_bank import bucket
 
 CASES = [*small_cases(), *large_cases()]
+EVEN = [  # every adapter has as many tokens: products go straight into the output
+    Case("even-3", 33, (33, 17, 17), ((4, 4, 4),) * 5, single(5, length=3)),
+    Case("even-20", 65, (128, 64, 64), ((8, 8, 8),) * 3, single(3, length=20)),
+    Case("even-20-odd", 40, (24, 8, 24), ((4, 0, 6), (4, 0, 6), (4, 0, 6)), single(3, length=20)),
+    Case("even-17-base", 33, (70,), ((19,), (3,)), ((2, ()), *single(2, length=17), (1, ()))),
+    Case("one-each-sliced", 70, (128, 8, 128), ((16, 0, 3),) * 6, single(6)),
+    Case("one-each-apart", 70, (128, 64), ((16, 16),) * 9, tuple((1, ((i, 0.5),)) for i in (7, 0, 5, 2))),
+]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -57,6 +65,46 @@ def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
     backend, weights = backend_of(case, dtype), case.weights(dtype)
     slots = [load(backend, adapter) for adapter in weights]
     assert check(backend, case, slots, weights) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "banks"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("products", ["auto", "banks", "own"])
+@pytest.mark.parametrize("case", [*CASES, *EVEN], ids=lambda case: case.name)
+def test_every_form_matches_the_reference(
+    case: Case, products: Products, dtype: torch.dtype, banks: torch.dtype, gated: bool
+) -> None:
+    backend, weights = backend_of(case, dtype), case.weights(dtype)
+    backend.use(products, banks)
+    slots = [load(backend, adapter) for adapter in weights]
+    assert check(backend, case, slots, weights, gated=gated) <= TOLERANCE[dtype]
+    assert (backend.bank_bytes > 0) or products != "banks"
+    assert backend.bank_bytes == 0 or products != "own"
+
+
+@pytest.mark.parametrize(
+    ("banks", "tokens", "others", "own"),
+    [
+        (torch.float32, 8, 0, False), (torch.float32, 9, 0, True), (torch.bfloat16, 8, 0, False),
+        (torch.bfloat16, 9, 0, True), (torch.float32, 16, 1, False), (torch.float32, 17, 1, True),
+        (torch.bfloat16, 64, 1, False), (torch.bfloat16, 65, 1, True),
+    ],
+)  # fmt: skip
+def test_the_rule_says_which_weights_are_multiplied(banks: torch.dtype, tokens: int, others: int, own: bool) -> None:
+    runs = ((tokens, ((0, 1.0),)), *((1, ((1 + i, 1.0),)) for i in range(others)))
+    case = Case("rule", 64, (64,), ((8,),) * (1 + others), runs)
+    backend, weights = backend_of(case, torch.bfloat16), case.weights(torch.bfloat16)
+    backend.use(bank_dtype=banks)
+    slots = [load(backend, adapter) for adapter in weights]
+    plan = backend.plan(case.segments(slots), case.num_tokens)
+    assert plan is not None
+    (steps,) = plan.steps.values()
+    assert any(isinstance(step, _LongStep) for step in steps) is own
+    assert any(isinstance(step, _GroupStep) for step in steps) is (not own or others > 0)
 
 
 def test_float64_is_exact_to_rounding() -> None:
@@ -142,7 +190,9 @@ def test_plans_have_no_graph_keys() -> None:
     assert list(backend.capture_plans(1)) == []
 
 
-@pytest.mark.parametrize("extra", [{"overlap": "stream"}, {"table": LaunchTable()}], ids=["overlap", "table"])
+@pytest.mark.parametrize(
+    "extra", [{"overlap": "stream"}, {"fold": True}, {"table": LaunchTable()}], ids=["overlap", "fold", "table"]
+)
 def test_options_of_triton_are_refused(extra: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="triton implementation"):
         make_backend(
