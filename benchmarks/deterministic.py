@@ -92,17 +92,18 @@ class Arm:
         """Logits of the request of the first adapter; the others' prompts differ in length."""
         names = [self._add(40 + 7 * i, 5, i, i) for i in adapters]
         found: list[torch.Tensor] = []
-        forward = self.core.runner.forward
+        compute = self.core.runner.compute
 
-        def record(*args: Any) -> Any:
-            logits, sampled = forward(*args)
-            found.extend(row.clone() for row, c in zip(logits, sampled, strict=True) if c.seq.request_id == names[0])
-            return logits, sampled
+        def record(inputs: Any, *rest: Any) -> Any:
+            logits, sampled = compute(inputs, *rest), inputs.sampling
+            rows = zip(logits[: len(sampled)], sampled, strict=True)
+            found.extend(row.clone() for row, chunk in rows if chunk.seq.request_id == names[0])
+            return logits
 
-        self.core.runner.forward = record  # type: ignore[method-assign]
+        self.core.runner.compute = record  # type: ignore[method-assign]
         while self.core.has_work():
             self.core.step()
-        self.core.runner.forward = forward  # type: ignore[method-assign]
+        self.core.runner.compute = compute  # type: ignore[method-assign]
         return found
 
 

@@ -2,13 +2,21 @@
 
     PYTHONPATH=src python benchmarks/host_time.py [--batch 256] [--plans triton] [--profile] [--out FILE]
 
-The engine's own core decodes a full batch with a model whose forward pass returns the same logits at once: scheduling,
-input building, the LoRA and attention plans, sampling and output handling are the engine's; kernels are not. All on
-one core of the CPU, tensors included, so a copy or a launch counts with its cost on a CPU. `--plans triton` takes the
-way that a card takes: the kernels' LoRA and attention plans (the kernels never run), and for steps of decodes the
-static inputs of captured graphs. A part's time excludes that of the parts it calls. The vocabulary is small, so that
-sampling is its bookkeeping, not its arithmetic. Times are the engine thread's processor time, medians over steps; on a
-machine that does other work, which empties the caches, the tenth percentile is the better guide.
+The engine's own core decodes a full batch with a model whose forward pass returns the same logits at once, on one core
+of the CPU. `--plans triton` takes the way that a card takes: the kernels' LoRA and attention plans, for steps of
+decodes the static inputs of captured graphs, and a loop that prepares a step while the one before is under way.
+
+Counted: taking requests in and out, scheduling, block tables, building inputs and both plans, the choice of tokens,
+what becomes of them, encoding the outputs for the API's process; every copy and every operation on tensors that the
+host launches for these, each with its price on a CPU.
+
+Not counted: the model's forward pass (on a card, one graph launch), the kernels of both plans, sending the encoded
+outputs, and on a card the events and pinned memory of copies. `--vocab` is 8 by default, so that choosing tokens
+costs its launches, not its arithmetic, which is the card's; with `--plans torch` the zeroes written to new blocks are
+the device's work too, but counted.
+
+A part's time excludes that of the parts it calls. Times are the engine thread's processor time, medians over steps; on
+a machine that does other work, which empties the caches, the tenth percentile is the better guide.
 """
 
 import argparse
@@ -28,8 +36,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from latency import percentile
 from report import environment, publish, table
+
+from loramux.server.bench.latency import percentile
 
 if TYPE_CHECKING:
     from loramux.server.engine.core import EngineCore, StepResult
@@ -41,11 +50,12 @@ ROW_STRIDE = 37
 MODEL = "model (stub)"
 WIRE = "wire encode"
 PARTS = (
+    ("add", "requests"),
+    ("abort", "requests"),
     ("tier.poll", "adapters"),
     ("scheduler.schedule", "schedule"),
     ("runner.attention.clear", "clear blocks"),
     ("runner.launch", "inputs"),
-    ("runner._segments", "segments"),
     ("runner.attention.begin", "attention plan"),
     ("backend.plan", "lora plan"),
     ("model.forward", MODEL),
@@ -115,12 +125,14 @@ def encoder() -> Callable[["StepResult"], bytes] | None:
     try:
         import msgpack
 
-        from loramux.server.engine.transport import Report, encode_event
+        from loramux.server.engine.transport import ColumnEncoder, Report, encode_event
     except ImportError:
         return None
+    columns = ColumnEncoder()
 
     def encode(result: "StepResult") -> bytes:
-        packed: bytes = msgpack.packb([Report.STEP, result.outputs, encode_event(result.event)])
+        column = columns.encode(result.column.request_ids, result.column.tokens)
+        packed: bytes = msgpack.packb([Report.STEP, *column, result.others, encode_event(result.event)])
         return packed
 
     return encode
@@ -153,6 +165,7 @@ def stub_core(args: argparse.Namespace, folder: Path) -> tuple["EngineCore", lis
             max_batched_tokens=step_budget(args), max_model_len=tokens, decode_workspace=False, block_size=BLOCK_SIZE,
             kv_cache_bytes=model.kv_bytes_per_token * args.batch * (tokens + 32), lora_implementation=args.plans,
             attention_implementation=args.plans, device_adapter_bytes=1 << 28,
+            overlap=args.plans == "triton" if args.overlap is None else args.overlap,
         ),
         model,
     )  # fmt: skip
@@ -202,9 +215,17 @@ class Batch:
         for row in range(args.batch):
             self._add(row, args.context + row % BLOCK_SIZE)  # so that every step begins as many new blocks
         while core.stats().running < args.batch:
-            core.step()
-        while core.step().event.scheduled_tokens != args.batch:
+            self._step()
+        while self._step() != args.batch:
             pass
+
+    def _step(self) -> int:
+        """The tokens of one more step. Raises RuntimeError when a request fails."""
+        result = self._core.step()
+        error = next((output.error for output in result.others if output.error), None)
+        if error is not None:
+            raise RuntimeError(error)
+        return result.event.scheduled_tokens
 
     def _add(self, row: int, tokens: int) -> None:
         from gpu_models import random_prompt
@@ -335,9 +356,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--vocab", type=int, default=64)
+    parser.add_argument("--vocab", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--plans", choices=("triton", "torch"), default="triton", help="whose LoRA plans are built")
+    parser.add_argument("--plans", choices=("triton", "torch"), default="triton", help="whose plans are built")
+    parser.add_argument(
+        "--overlap", action=argparse.BooleanOptionalAction,
+        help="prepare a step while the one before is under way (the default with triton plans)",
+    )  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="profile further steps of each arm")
     parser.add_argument("--top", type=int, default=25, help="functions of a profile to show")
     parser.add_argument("--out", type=Path, help="also write the JSON here")

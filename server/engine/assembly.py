@@ -1,6 +1,7 @@
 """An engine's parts put together for a configuration: model, adapter memory, attention, cache, runner."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,6 +76,8 @@ def _check_switches(config: EngineConfig, device: torch.device) -> None:
             raise UnsupportedModelError("--deterministic excludes --compile-layers: switch one of them off")
         if config.lora_overlap != "none":
             raise UnsupportedModelError("--deterministic excludes --lora-overlap: leave it at none")
+        if config.lora_fold:
+            raise UnsupportedModelError("--deterministic excludes --lora-fold on: leave it at auto")
     if config.cuda_graphs and device.type != "cuda":
         raise UnsupportedModelError("--cuda-graphs needs --device cuda; leave it at auto")
     if config.cuda_graphs and config.attention_implementation == "torch":
@@ -93,9 +96,10 @@ def _lora_backend(config: EngineConfig, model: LoadedModel) -> LoraBackend:
     try:
         if config.deterministic:
             return make_invariant_backend(sites, **limits, **where)  # type: ignore[arg-type]
-        return make_backend(sites, **limits, **where, overlap=config.lora_overlap)  # type: ignore[arg-type]
+        hiding: dict[str, Any] = {"overlap": config.lora_overlap, "fold": config.lora_fold}
+        return make_backend(sites, **limits, **where, **hiding)  # type: ignore[arg-type]
     except ValueError as error:
-        raise UnsupportedModelError(f"{error} (see --lora-implementation and --lora-overlap)") from error
+        raise UnsupportedModelError(f"{error} (see --lora-implementation, --lora-overlap and --lora-fold)") from error
     except torch.OutOfMemoryError as error:
         raise UnsupportedModelError(
             f"--device-adapter-bytes {config.device_adapter_bytes} does not fit beside the model: lower it"

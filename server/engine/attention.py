@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from loramux.kernels.attention.triton_plan import TableRows
 from loramux.kernels.lora.interface import LoraPlan
-from loramux.server.engine.scheduler import Chunk
+from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.step import Ints
 
 ATTENTION_NAME = "loramux_paged"
 LAYER_ATTRIBUTE = "loramux_layer"
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +35,35 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class StepPlaces:
-    """The chunks of a step as arrays: their lengths and ends (tokens of their sequences), and where each token's key
-    and value go, `slots` [tokens], as block * block_size + offset."""
+    """The chunks of a step as arrays: their lengths and ends (tokens of their sequences); where each token's key and
+    value go, `slots` [tokens], as block * block_size + offset; each sequence's blocks; and the sequences themselves.
+
+    Chunks of one token come first.
+    """
 
     lengths: Ints
     ends: Ints
     slots: Ints
+    tables: TableRows
+    seqs: tuple[Sequence, ...]
+
+    @property
+    def singles(self) -> int:
+        """How many chunks have one token. Raises ValueError unless they come first."""
+        count = int(np.count_nonzero(self.lengths == 1))
+        if (self.lengths[:count] != 1).any():
+            raise ValueError("single-token chunks come first")
+        return count
+
+    def followed_by(self, others: "StepPlaces") -> "StepPlaces":
+        """These chunks, then the other ones."""
+        return StepPlaces(
+            np.concatenate([self.lengths, others.lengths]),
+            np.concatenate([self.ends, others.ends]),
+            np.concatenate([self.slots, others.slots]),
+            self.tables.followed_by(others.tables),
+            self.seqs + others.seqs,
+        )
 
 
 class LayerCache(Protocol):
@@ -59,8 +81,8 @@ class AttentionPath(Protocol):
     def layers(self) -> Seq[LayerCache]:
         """The cache of each layer, in the order of the layers."""
 
-    def begin(self, chunks: Seq[Chunk], places: StepPlaces, *, decode_rows: int | None = None) -> None:
-        """Prepares the step of these chunks, single tokens first.
+    def begin(self, places: StepPlaces, *, decode_rows: int | None = None) -> None:
+        """Prepares the step of these chunks.
 
         `decode_rows` pads a step of single tokens to that many rows (for captured graphs); the model's inputs then
         have as many. Raises ValueError where the path cannot.

@@ -69,19 +69,22 @@ class BlockManager:
         missing = self.blocks_for(tokens) - len(seq.blocks)
         if missing > self.num_free:
             return False
-        for _ in range(missing):
-            seq.blocks.append(self._take())
+        seq.blocks.extend(self.take(missing))
         return True
+
+    def take(self, count: int) -> list[int]:
+        """So many blocks, of which there must be enough, for sequences that record them; each is held once."""
+        return [self._take() for _ in range(count)]
 
     def register(self, seq: Sequence, tokens: int) -> None:
         """Makes the blocks findable that the sequence's first `tokens` tokens have filled; called when those are known
         and their keys and values are written (or will be, before whatever reads them)."""
         if not self.prefix_caching:
             return
-        while seq.num_registered < min(tokens, seq.num_computed) // self.block_size:
-            digest = self._block_hash(seq, seq.num_registered)
-            block = seq.blocks[seq.num_registered]
-            seq.num_registered += 1
+        full = min(tokens, seq.num_computed) // self.block_size
+        for index in range(seq.num_registered, full):
+            digest, block = self._block_hash(seq, index), seq.blocks[index]
+            seq.num_registered = index + 1
             if digest not in self._by_hash and self._hash_of[block] is None:
                 self._by_hash[digest] = block
                 self._hash_of[block] = digest
@@ -110,7 +113,7 @@ class BlockManager:
         if not self.prefix_caching:
             return 0
         count = 0
-        for i in range((len(seq.tokens) - 1) // self.block_size):
+        for i in range(seq.reusable // self.block_size):
             if self._block_hash(seq, i) not in self._by_hash:
                 break
             count += 1
@@ -145,12 +148,11 @@ class BlockManager:
 
     def _block_hash(self, seq: Sequence, index: int) -> bytes:
         """The chained hash of a full block; kept on the sequence, whose past tokens and spans never change."""
-        while len(seq.block_hashes) <= index:
-            i = len(seq.block_hashes)
+        hashes = seq.block_hashes
+        for i in range(len(hashes), index + 1):
             start, end = i * self.block_size, (i + 1) * self.block_size
-            parts = [seq.block_hashes[-1] if i else hashlib.blake2b(seq.request.salt.encode(), digest_size=24).digest()]
-            parts.append(self._tokens.pack(*seq.tokens[start:end]))
-            for low, _, span in seq.spans_between(start, end):
-                parts += (struct.pack("<qq", low - start, len(span.key)), span.key)
-            seq.block_hashes.append(hashlib.blake2b(b"".join(parts), digest_size=24).digest())
-        return seq.block_hashes[index]
+            before = hashes[-1] if i else hashlib.blake2b(seq.request.salt.encode(), digest_size=24).digest()
+            marks = b"".join([span.mark_at(low - start) for low, _, span in seq.spans_between(start, end)])
+            content = before + self._tokens.pack(*seq.tokens[start:end]) + marks
+            hashes.append(hashlib.blake2b(content, digest_size=24).digest())
+        return hashes[index]

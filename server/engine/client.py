@@ -6,12 +6,10 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections import deque
-from collections.abc import AsyncIterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from loramux.server.engine.config import EngineConfig
@@ -27,8 +25,10 @@ from loramux.server.engine.protocol import (
     QueueFullError,
     StepEvent,
 )
+from loramux.server.engine.sockets import SocketDirectory, remove_stale
 from loramux.server.engine.transport import (
     ClientEnd,
+    ColumnDecoder,
     Command,
     Report,
     decode_event,
@@ -44,7 +44,18 @@ MAX_EVENTS = 10_000
 RESTART_FIRST_SECONDS = 0.5
 RESTART_MAX_SECONDS = 15.0
 EXIT_SECONDS = 5.0
-MAX_DIRECTORY_CHARS = 80
+STEP_TIMEOUT_SECONDS = 120.0
+FIRST_STEP_FACTOR = 5
+WATCHES_PER_TIMEOUT = 20
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A request's outputs on their way to it, and what the first of them said for all."""
+
+    queue: asyncio.Queue[EngineOutput | EngineError] = field(default_factory=asyncio.Queue)
+    cached_tokens: int = 0
+    scheduled_at: float | None = None
 
 
 class ProcessEngineClient:
@@ -53,15 +64,23 @@ class ProcessEngineClient:
     If the process dies, every request in flight gets `EngineDeadError`, `state` is "dead", and a new process is
     started after a pause that doubles with every death in a row. A process that says it cannot start (the model is
     not supported, does not fit) is not restarted; `wait_ready` raises its message.
+
+    A ready engine reports several times a second while it works and every second while it is idle. One that is silent
+    for `step_timeout_seconds` hangs in a step: it is killed, and what follows is the same. Until its first step is done
+    it may take `FIRST_STEP_FACTOR` times as long, because kernels are compiled in it.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, step_timeout_seconds: float = STEP_TIMEOUT_SECONDS) -> None:
         self._config = config
+        self._step_timeout = step_timeout_seconds
+        self._silent = 0.0
+        self._has_stepped = False
+        self._restarts = {"died": 0, "stuck": 0}
         self._state: EngineState = "starting"
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
         self._events: deque[StepEvent] = deque(maxlen=MAX_EVENTS)
-        self._queues: dict[str, asyncio.Queue[EngineOutput | EngineError]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._calls: dict[int, asyncio.Future[None]] = {}
         self._call_ids = itertools.count()
         self._end: ClientEnd | None = None
@@ -71,7 +90,8 @@ class ProcessEngineClient:
         self._failure: str | None = None
         self._pinned: set[str] = set()
         self._was_ready = False
-        self._directory = _socket_directory()
+        remove_stale()
+        self._directory = SocketDirectory()
 
     @property
     def state(self) -> EngineState:
@@ -94,6 +114,11 @@ class ProcessEngineClient:
     def pid(self) -> int | None:
         """The engine process's id while there is one."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        """How many engine processes that had been ready were replaced, by why they ended: `died`, `stuck`."""
+        return self._restarts
 
     def drain_events(self) -> list[StepEvent]:
         """See `EngineClient.drain_events`."""
@@ -121,7 +146,7 @@ class ProcessEngineClient:
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain_seconds):
-                    while self._queues:
+                    while self._streams:
                         self._changed.clear()
                         await self._changed.wait()
             await self._end_process()
@@ -132,45 +157,45 @@ class ProcessEngineClient:
                 self._supervisor = None
         finally:
             self._fail_all("the server is shutting down")
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.close()
 
     async def _end_process(self) -> None:
         """Tells a ready engine to stop and waits for it; kills one that is still loading, or that does not end."""
         process = self._process
         if process is None:
             return
-        try:
-            if self._end is None:
-                raise TimeoutError
-            await self._end.send(Command.STOP)
-            await asyncio.wait_for(process.wait(), EXIT_SECONDS)
-        except TimeoutError:
+        ended = asyncio.create_task(process.wait())
+        if self._end is not None:  # in a task: an engine that has just died takes the socket with it
+            telling = asyncio.create_task(self._end.send(Command.STOP))
+            await asyncio.wait({ended}, timeout=EXIT_SECONDS)
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+        if not ended.done():
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+        await ended
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """See `EngineClient.generate`."""
         end = self._require_end()
         bound = self.info.max_num_seqs + self._config.max_queue
-        if len(self._queues) >= bound:
-            raise QueueFullError(f"{len(self._queues)} requests are running or waiting, the bound is {bound}")
-        if request.request_id in self._queues:
+        if len(self._streams) >= bound:
+            raise QueueFullError(f"{len(self._streams)} requests are running or waiting, the bound is {bound}")
+        if request.request_id in self._streams:
             raise EngineError(f"request id {request.request_id} is in use", retryable=False)
-        queue: asyncio.Queue[EngineOutput | EngineError] = asyncio.Queue()
-        self._queues[request.request_id] = queue
+        stream = self._streams[request.request_id] = _Stream()
         finished = False
         try:
             await end.send(Command.ADD, encode_request(request))
             while not finished:
-                item = await queue.get()
+                item = await stream.queue.get()
                 if isinstance(item, EngineError):
                     finished = True
                     raise item
                 finished = item.finish_reason is not None
                 yield item
         finally:
-            self._queues.pop(request.request_id, None)
+            self._streams.pop(request.request_id, None)
             self._changed.set()
             if not finished and self._end is end:
                 await end.send(Command.ABORT, [request.request_id])
@@ -219,7 +244,7 @@ class ProcessEngineClient:
 
     async def _run_once(self, generation: int) -> bool:
         """One engine process from start to end; whether it became ready."""
-        urls = [f"ipc://{self._directory}/{kind}-{generation}" for kind in ("commands", "reports")]
+        urls = [f"ipc://{self._directory.path}/{kind}-{generation}" for kind in ("commands", "reports")]
         end = ClientEnd(*urls)
         was_ready = False
         try:
@@ -234,11 +259,14 @@ class ProcessEngineClient:
                 stdin.write(json.dumps(self._config.to_dict()).encode() + b"\n")
                 await stdin.drain()
             reader = asyncio.create_task(self._read(end))
+            watch = asyncio.create_task(self._until_stuck(end))
             try:
                 ended = asyncio.create_task(self._process.wait())
-                await asyncio.wait({ended, reader}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({ended, reader, watch}, return_when=asyncio.FIRST_COMPLETED)
                 was_ready = self._end is end
-                if not ended.done():  # the reader failed: without it no request would ever be answered
+                if was_ready and self._state != "draining":
+                    self._restarts["stuck" if watch.done() else "died"] += 1
+                if not ended.done():  # it is stuck, or the reader failed: no request would ever be answered
                     self._process.kill()
                 await ended
                 await asyncio.sleep(0.05)  # what the process sent before it ended is still on its way
@@ -246,7 +274,8 @@ class ProcessEngineClient:
                     logger.error("the engine's reports could not be read", exc_info=reader.exception())
             finally:
                 reader.cancel()
-                await asyncio.wait({reader})
+                watch.cancel()
+                await asyncio.wait({reader, watch})
         finally:
             if self._process is not None and self._process.returncode is None:
                 self._process.kill()
@@ -260,11 +289,35 @@ class ProcessEngineClient:
             self._fail_all("the engine process ended while it served this request")
         return was_ready
 
+    async def _until_stuck(self, end: ClientEnd) -> None:
+        """Returns when a ready engine has been silent for too long.
+
+        Silence is counted in waits of this process, not read from a clock: if the API itself was stopped for a while
+        (a suspended machine, a debugger), the reports that piled up meanwhile are read before the engine is judged.
+        """
+        wait = self._step_timeout / WATCHES_PER_TIMEOUT
+        self._silent, self._has_stepped = 0.0, False
+        while True:
+            await asyncio.sleep(wait)
+            if self._end is not end:  # it still loads
+                continue
+            self._silent += wait
+            limit = self._step_timeout * (1 if self._has_stepped else FIRST_STEP_FACTOR)
+            if self._silent >= limit:
+                logger.error(
+                    "the engine has not reported for %g s (--step-timeout-seconds): it hangs in a step and is killed",
+                    limit,
+                )
+                return
+
     async def _read(self, end: ClientEnd) -> None:
+        columns = ColumnDecoder()
         while True:
             kind, *content = await end.receive()
+            self._silent = 0.0
             if kind == Report.STEP:
-                self._take_step(content)
+                self._has_stepped = True
+                self._take_step(columns, content)
             elif kind == Report.STATS:
                 self._stats = decode_stats(content[0])
             elif kind == Report.READY:
@@ -290,27 +343,38 @@ class ProcessEngineClient:
                     else:
                         future.set_exception(AdapterLoadError(error))
 
-    def _take_step(self, content: list[Any]) -> None:
-        outputs, event = content
+    def _take_step(self, columns: ColumnDecoder, content: list[Any]) -> None:
+        request_ids, tokens, others, event = content
         self._events.append(decode_event(event))
-        for raw in outputs:
-            output = decode_output(raw)
-            queue = self._queues.get(output.request_id)
-            if queue is None:
-                continue
-            if output.finish_reason is not None:  # it no longer counts as running, however slowly it is read
-                del self._queues[output.request_id]
-                self._changed.set()
-            if output.finish_reason == "error":
-                message = output.error or "the engine refused the request"
-                is_load = output.error_kind == "adapter"
-                queue.put_nowait(AdapterLoadError(message) if is_load else EngineError(message, retryable=False))
-            else:
-                queue.put_nowait(output)
+        for request_id, token in columns.decode(request_ids, tokens):
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.queue.put_nowait(
+                    EngineOutput(
+                        request_id, (token,), cached_tokens=stream.cached_tokens, scheduled_at=stream.scheduled_at
+                    )
+                )
+        for raw in others:
+            self._take_output(decode_output(raw))
+
+    def _take_output(self, output: EngineOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        stream.cached_tokens, stream.scheduled_at = output.cached_tokens, output.scheduled_at
+        if output.finish_reason is not None:  # it no longer counts as running, however slowly it is read
+            del self._streams[output.request_id]
+            self._changed.set()
+        if output.finish_reason == "error":
+            message = output.error or "the engine refused the request"
+            is_load = output.error_kind == "adapter"
+            stream.queue.put_nowait(AdapterLoadError(message) if is_load else EngineError(message, retryable=False))
+        else:
+            stream.queue.put_nowait(output)
 
     def _fail_all(self, message: str) -> None:
-        for queue in self._queues.values():
-            queue.put_nowait(EngineDeadError(message))
+        for stream in self._streams.values():
+            stream.queue.put_nowait(EngineDeadError(message))
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDeadError(message))
@@ -318,15 +382,6 @@ class ProcessEngineClient:
     def _set_state(self, state: EngineState) -> None:
         self._state = state
         self._changed.set()
-
-
-def _socket_directory() -> Path:
-    """A private directory whose path is short enough for Unix sockets, in the temporary folder or else in /tmp."""
-    directory = Path(tempfile.mkdtemp(prefix="loramux-"))
-    if len(str(directory)) <= MAX_DIRECTORY_CHARS:
-        return directory
-    directory.rmdir()
-    return Path(tempfile.mkdtemp(prefix="loramux-", dir="/tmp"))
 
 
 def _environment() -> dict[str, str]:

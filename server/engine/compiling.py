@@ -14,7 +14,7 @@ from loramux.server.engine.attention import LayerCache
 from loramux.server.engine.linears import SiteProjection, SliceOf
 from loramux.server.engine.loading import LoadedModel, UnsupportedModelError
 from loramux.server.engine.runner import Runner
-from loramux.server.engine.scheduler import Chunk
+from loramux.server.engine.step import Chunk
 
 
 def compile_layers(model: LoadedModel) -> None:

@@ -9,15 +9,18 @@ from typing import Any, Literal
 class EngineConfig:
     """Everything the engine is told at start. Sizes are in bytes or tokens; None lets the engine decide.
 
-    `model_path` is a local directory in Hugging Face layout. `dtype` is auto, float32, bfloat16 or float16; `device`
-    is auto, cpu, cuda or cuda:N. `threads` bounds torch's intra-op threads. `blob_dir` holds canonical adapters.
+    `model_path` is a local directory in Hugging Face layout. `dtype` is float32, bfloat16, float16 or auto, which
+    `loading.pick_dtype` decides; `device` is auto, cpu, cuda or cuda:N. `threads` bounds torch's intra-op threads.
+    `blob_dir` holds canonical adapters.
     `packed_projections`, `enable_prefix_caching`, `decode_workspace`, `cuda_graphs` and `overlap` (of a step's host
     work with the device's work on the step before) are optimisations with plain twins; the output does not depend on
     them. `compile_layers` fuses the model's small operations by torch.compile, which rounds otherwise here and there.
     None switches graphs and overlap on where there is a card. `lora_implementation` and `attention_implementation` are
     torch, triton or None (by device); attention may be flashinfer, too, which is a package of its own. `lora_overlap`
     hides the adapters' first product on a card: on a side stream beside the base's product, or by launching the second
-    one early (compute capability 9.0 on).
+    one early (compute capability 9.0 on). `lora_fold` computes the second one inside the base's product: True wherever
+    that can be, None where the card's launch table says that it was quicker.
+    `log_level` and `log_format` are the engine process's; see `server/observability/logs.py`.
     `gpu_memory_utilization` is the share of a card's memory that the engine may fill.
     """
 
@@ -42,12 +45,15 @@ class EngineConfig:
     threads: int | None = None
     lora_implementation: Literal["torch", "triton"] | None = None
     lora_overlap: Literal["none", "stream", "launch"] = "none"
+    lora_fold: bool | None = None
     attention_implementation: Literal["torch", "triton", "flashinfer"] | None = None
     cuda_graphs: bool | None = None
     overlap: bool | None = None
     gpu_memory_utilization: float = 0.9
     deterministic: bool = False
     compile_layers: bool = False
+    log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field for values that no engine could run with."""

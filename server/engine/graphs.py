@@ -8,17 +8,17 @@ of up to that many rows with any mix of adapters. Rows beyond the batch are padd
 import itertools
 import logging
 from collections.abc import Hashable
-from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loramux.kernels.lora.interface import LoraBackend, LoraPlan, Segment
+from loramux.kernels.attention.triton_plan import TableRows
+from loramux.kernels.lora.interface import LoraBackend, LoraPlan
 from loramux.server.engine.attention import AttentionPath, StepPlaces
+from loramux.server.engine.inputs import StepInputs, row_segments
 from loramux.server.engine.loading import LoadedModel
-from loramux.server.engine.scheduler import Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,10 @@ class DecodeGraphs:
             return
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream(self._model.device)
-        nothing = StepPlaces(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+        none = np.zeros(0, dtype=np.int64)
+        nothing = StepPlaces(none, none, none, TableRows.of(()), ())
         for size in self._sizes:
-            self._attention.begin([], nothing, decode_rows=size)
+            self._attention.begin(nothing, decode_rows=size)
             try:
                 for plan in itertools.chain([None], self._backend.capture_plans(size)):
                     self._capture_one(size, plan, None, pool)
@@ -118,25 +119,24 @@ class DecodeGraphs:
             state.lora = state.lora_rows = None
         self._graphs[size, _key(plan), _key(rows)] = graph
 
-    def run(
-        self, chunks: Seq[Chunk], places: StepPlaces, segments: Seq[Segment], ids: Tensor, positions: Tensor
-    ) -> Tensor:
-        """Logits [padded rows, vocab] of a step of single tokens, valid until the next call.
+    def run(self, inputs: StepInputs, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [padded rows, vocab] of a step of single tokens that all have a next one, valid until the next call.
 
-        ids and positions are int64 [rows] on the device. A batch whose launches were not captured runs op by op.
+        ids and positions are those of the inputs, on the device. A batch whose launches were not captured runs op by
+        op.
         """
-        rows = len(chunks)
+        rows = len(inputs.ids)
         size = min(size for size in self._sizes if size >= rows)
         for static, given in ((self._ids, ids), (self._positions, positions)):
             static[:rows].copy_(given)
-            static[rows:size].zero_()
+            if rows < size:
+                static[rows:size].zero_()
         state = self._model.state
-        self._attention.begin(chunks, places, decode_rows=size)
+        self._attention.begin(inputs.places, decode_rows=size)
         try:
-            state.lora = self._backend.plan(segments, size, padded=True)
+            state.lora = self._backend.plan(inputs.segments, size, padded=True)
             if state.lora is not None and any(state.lora.touches(head) for head in self._heads):
-                singles = [Segment(t, t + 1, s.adapters) for s in segments for t in range(s.start, s.end)]
-                state.lora_rows = self._backend.plan(singles, size, lane="rows", padded=True)
+                state.lora_rows = self._backend.plan(row_segments(inputs.sampling), size, lane="rows", padded=True)
             graph = self._graphs.get((size, _key(state.lora), _key(state.lora_rows)))
             if graph is None:
                 self._compute(size)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from loramux.kernels.attention import AttentionBackend, AttentionBatch, AttentionPlan
 from loramux.server.engine.attention import LayerShape, StepPlaces
-from loramux.server.engine.scheduler import Chunk
 
 
 class KernelLayer:
@@ -40,13 +39,10 @@ class KernelAttention:
         self.plan: AttentionPlan | None = None
         self.layers = [KernelLayer(self, num_blocks, shape, dtype, device) for shape in shapes]
 
-    def begin(self, chunks: Seq[Chunk], places: StepPlaces, *, decode_rows: int | None = None) -> None:
+    def begin(self, places: StepPlaces, *, decode_rows: int | None = None) -> None:
         """See `AttentionPath.begin`."""
         batch = AttentionBatch(
-            query_lens=places.lengths,
-            contexts=places.ends,
-            tables=[seq.blocks for seq, _, _ in chunks],
-            slots=places.slots,
+            query_lens=places.lengths, contexts=places.ends, tables=places.tables, slots=places.slots
         )
         self.plan = self.backend.plan(batch, decode_rows=decode_rows)
 

@@ -61,7 +61,7 @@ class SiteProjection(nn.Module):
 
     `weight` is [sum of outs, in]. x has any leading dimensions. The result is cut into slices by `SliceOf`. A head sees
     only the rows whose logits are wanted, so its adapters are those of the rows, not of the tokens. `product` computes
-    x W^T + b.
+    x W^T + b; where the backend folds, its one kernel does that and the adapters, and without adapters `product` runs.
     """
 
     def __init__(self, weights: Seq[Tensor], biases: Seq[Tensor | None], state: StepState, *, is_head: bool) -> None:
@@ -88,6 +88,8 @@ class SiteProjection(nn.Module):
         if plan is None or self.backend is None or self.site is None:
             return self.product(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
+        if self.backend.folds(self.site, self.weight, plan):
+            return self.backend.project(self.site, rows, self.weight, self.bias, plan).view(*x.shape[:-1], -1)
         self.backend.begin(self.site, rows, plan)  # the part that may run beside the base product
         out = self.product(x, self.weight, self.bias)
         self.backend.finish(self.site, out.view(-1, out.shape[-1]), plan)

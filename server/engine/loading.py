@@ -1,5 +1,6 @@
 """From a model's name or path to a module that runs on our attention and our projections."""
 
+import logging
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from loramux.kernels.processor import multiplies_bfloat16
 from loramux.server.engine.attention import (
     ATTENTION_NAME,
     LAYER_ATTRIBUTE,
@@ -23,6 +25,8 @@ from loramux.server.engine.attention import (
     register_attention,
 )
 from loramux.server.engine.linears import Probe, SiteProjection, replace_linears
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 PROBE_TOKENS = 5
@@ -219,14 +223,23 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def pick_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype on a card, and float32 on a CPU (the reference numerics)."""
+def pick_dtype(dtype: str, config: Any, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type of weights and cache, and why it is that.
+
+    `auto` is the checkpoint's own dtype on a card (bfloat16 for one that names none of ours). On a CPU it is bfloat16
+    when that is the checkpoint's and the processor multiplies it, else float32, which holds float16 checkpoints
+    exactly: float16 products are no quicker there, and its attention is slower.
+    """
     if dtype != "auto":
-        return DTYPES[dtype]
-    own = getattr(config, "dtype", None)
-    if device.type == "cpu" or not isinstance(own, torch.dtype) or own not in DTYPES.values():
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return own
+        return DTYPES[dtype], "as set"
+    own: Any = getattr(config, "dtype", None)
+    if device.type != "cpu":
+        return (own, "the checkpoint's own") if own in DTYPES.values() else (torch.bfloat16, "the default on a card")
+    if own is not torch.bfloat16:
+        return torch.float32, "auto on a CPU for a checkpoint that is not in bfloat16"
+    if multiplies_bfloat16():
+        return torch.bfloat16, "the checkpoint's own, which this processor multiplies"
+    return torch.float32, "auto on a CPU without bfloat16 products (AVX512_BF16 or AMX)"
 
 
 def eos_ids(path: str | Path, config: Any) -> tuple[int, ...]:
@@ -252,7 +265,8 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: str = "auto", p
     """
     config = load_config(path)
     where = pick_device(device)
-    kind = pick_dtype(dtype, config, where)
+    kind, reason = pick_dtype(dtype, config, where)
+    logger.info("weights and cache in %s on %s: %s", str(kind).removeprefix("torch."), where, reason)
     register_attention()
     try:
         module = AutoModelForCausalLM.from_pretrained(

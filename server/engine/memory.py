@@ -5,8 +5,8 @@ import torch
 from loramux.server.engine.loading import UnsupportedModelError
 from loramux.server.engine.protocol import EngineRequest, SamplingParams
 from loramux.server.engine.runner import Runner
-from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.step import Chunk
 
 
 def largest_prefill(max_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int) -> list[Chunk]:

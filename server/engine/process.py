@@ -14,20 +14,22 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+
 from loramux.adapters_store.device import AdapterLoadFailure
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.core import EngineCore
 from loramux.server.engine.loading import UnsupportedModelError
-from loramux.server.engine.protocol import EngineOutput
+from loramux.server.engine.protocol import EngineOutput, StepEvent
 from loramux.server.engine.transport import (
     Command,
     EngineEnd,
     Report,
     decode_request,
-    encode_event,
     encode_info,
     encode_stats,
 )
+from loramux.server.observability import logs
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,9 @@ class EngineLoop:
                 timeout = IDLE_SECONDS
                 continue
             result = self._core.step()
-            if result.outputs or result.event.adapter_loads or result.event.scheduled_tokens:
-                self._end.send(Report.STEP, result.outputs, encode_event(result.event))
+            if not result.is_empty:
+                column = result.column
+                self._end.send_step(column.request_ids, column.tokens, result.others, result.event)
             if time.monotonic() - self._last_stats >= STATS_SECONDS:
                 self._send_stats()
             timeout = LOAD_POLL_SECONDS if self._core.is_waiting_only() else 0.0
@@ -78,7 +81,7 @@ class EngineLoop:
                 refused = EngineOutput(
                     request.request_id, finish_reason="error", error=str(error), error_kind="request"
                 )
-                self._end.send(Report.STEP, [refused], (0, ()))
+                self._end.send_step((), np.zeros(0, dtype=np.int64), [refused], StepEvent())
         elif kind == Command.ABORT:
             for request_id in content[0]:
                 self._core.abort(request_id)
@@ -118,10 +121,10 @@ def _cannot_start(end: EngineEnd, message: str) -> int:
 
 def main(commands: str, reports: str) -> int:
     """The process's body; returns its exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s", stream=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by terminals and supervisors;
         signal.signal(number, signal.SIG_IGN)  # the API handles them: it drains, then tells the engine to stop
     config = EngineConfig(**json.loads(sys.stdin.buffer.readline()))
+    logs.configure(config.log_level, config.log_format, process="engine")
     _exit_with_parent()
     end = EngineEnd(commands, reports)
     try:

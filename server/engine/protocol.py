@@ -57,6 +57,12 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 switch the filter off. `seed` fixes the noise:
     the uniform number of position p is a function of (seed, p) alone. `max_tokens` is already resolved to a number
     that fits the context. `stop_token_ids` end generation like end-of-sequence ids and are reported as "stop".
+
+    The penalties and `logit_bias`, pairs of a token and what is added to its logit, change the logits before the
+    temperature does: see `penalties`. `logprobs` asks for the log-probability of each chosen token and for that many
+    of the likeliest ones; `prompt_logprobs` for the same of the prompt's tokens from the second on. Both are of the
+    model's own distribution, which no setting changes: log_softmax(logits). `max_tokens` may be 0 for a request that
+    asks for `prompt_logprobs`.
     """
 
     max_tokens: int
@@ -68,6 +74,22 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether what was said before changes the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether the token is chosen from other logits than the model's."""
+        return self.is_penalised or bool(self.logit_bias)
 
     @property
     def is_greedy(self) -> bool:
@@ -90,7 +112,9 @@ class PoolingParams:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to generate, or to pool. An empty `adapters` is the base model. `salt` separates prefix caches."""
+    """One sequence to generate, or to pool. An empty `adapters` is the base model. `salt` separates prefix caches,
+    `tenant` says whose turn it takes.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -98,6 +122,7 @@ class EngineRequest:
     adapters: tuple[AdapterRef, ...] = ()
     salt: str = ""
     pooling: PoolingParams | None = None
+    tenant: str = ""
 
 
 class EngineOutput(NamedTuple):
@@ -109,7 +134,9 @@ class EngineOutput(NamedTuple):
     token itself, when generated, is included in `token_ids` (it is billed) and named by `stop_token_id`.
     `scheduled_at` (`time.monotonic()`, one clock for all processes of a host) is when the request left the queue.
     `embedding` answers a pooling request, as the bytes of float32 numbers: [layers, hidden] means, or
-    [layers, tokens, hidden] states.
+    [layers, tokens, hidden] states. `logprobs` (of `token_ids`) and `prompt_logprobs` (of the prompt's tokens from the
+    second on, with the first output) are the bytes of float64 numbers [tokens, 1 + 2 * k]: a token's log-probability,
+    then token and log-probability of the k likeliest ones in turn.
     """
 
     request_id: str
@@ -121,6 +148,8 @@ class EngineOutput(NamedTuple):
     error_kind: ErrorKind | None = None
     scheduled_at: float | None = None
     embedding: bytes | None = None
+    logprobs: bytes | None = None
+    prompt_logprobs: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

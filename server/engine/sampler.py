@@ -4,8 +4,10 @@ The noise is counted, not drawn: one uniform number per (seed, position), turned
 cumulative distribution. A seeded request therefore repeats whatever the batch or a preemption did.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,34 +25,80 @@ _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Seeds = npt.NDArray[np.uint64]
 Thresholds = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+@dataclass(frozen=True, slots=True)
+class SamplingColumns:
+    """The settings of n rows: `seeds` [n], and `numbers` [4, n], which are temperature, top_k, top_p and min_p.
+
+    A temperature of 0 says that the row is greedy.
+    """
+
+    seeds: Seeds
+    numbers: Floats
+
+    @staticmethod
+    def zeros(rows: int) -> "SamplingColumns":
+        """Greedy rows, to be overwritten."""
+        return SamplingColumns(np.zeros(rows, dtype=np.uint64), np.zeros((4, rows)))
+
+    @staticmethod
+    def of(params: Seq[SamplingParams]) -> "SamplingColumns":
+        """One row for each."""
+        columns = SamplingColumns.zeros(len(params))
+        for row, one in enumerate(params):
+            columns.put(row, one)
+        return columns
+
+    def put(self, row: int, params: SamplingParams) -> None:
+        """Overwrites a row."""
+        self.seeds[row] = params.seed & 0xFFFFFFFFFFFFFFFF
+        temperature = 0.0 if params.is_greedy else params.temperature
+        self.numbers[:, row] = temperature, params.top_k, params.top_p, params.min_p
+
+    def take(self, rows: Ints) -> "SamplingColumns":
+        """Copies of the rows."""
+        return SamplingColumns(self.seeds[rows], self.numbers[:, rows])
+
+    def join(self, other: "SamplingColumns") -> "SamplingColumns":
+        """These rows, then the other ones."""
+        return SamplingColumns(
+            np.concatenate([self.seeds, other.seeds]), np.concatenate([self.numbers, other.numbers], axis=1)
+        )
+
+
+def _mix(x: Seeds) -> Seeds:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit integers that scrambles all bits."""
     x = (x ^ (x >> np.uint64(30))) * _FIRST
     x = (x ^ (x >> np.uint64(27))) * _SECOND
     return x ^ (x >> np.uint64(31))
 
 
-def uniform(seeds: Seq[int], positions: Seq[int]) -> Floats:
+def uniform(seeds: Seeds, positions: Ints) -> Floats:
     """Numbers in [0, 1), each a function of its (seed, position) alone, with 53 random bits."""
-    seed = np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64)
-    place = np.array(positions, dtype=np.uint64) + np.uint64(1)
-    state = _mix(_mix(seed + _GOLDEN) + place * _GOLDEN)
+    place = positions.astype(np.uint64) + np.uint64(1)
+    state = _mix(_mix(seeds + _GOLDEN) + place * _GOLDEN)
     return (state >> np.uint64(11)).astype(np.float64) / float(1 << 53)
 
 
 def best(logits: Tensor) -> Tensor:
     """argmax of each row, int64 [rows]; -1 for a row whose logits hold NaN or have no finite maximum."""
-    top, tokens = logits.float().max(dim=-1)
-    return torch.where(torch.isfinite(top), tokens, INVALID_TOKEN)
+    top, tokens = logits.max(dim=-1)
+    return torch.where(_is_finite(top), tokens, INVALID_TOKEN)
+
+
+def _is_finite(top: Tensor) -> Tensor:
+    """Whether each is neither NaN nor infinite, in two launches instead of `torch.isfinite`'s four."""
+    return top.abs() < math.inf
 
 
 def sample(
     logits: Tensor,
-    params: Seq[SamplingParams],
-    positions: Seq[int],
+    settings: SamplingColumns,
+    positions: Ints,
     banned: Mapping[int, tuple[int, ...]],
     staging: Staging,
     thresholds: Thresholds | None = None,
@@ -71,39 +119,34 @@ def sample(
         rows, columns = staging.upload(places[:, 0].copy(), places[:, 1].copy())
         logits = logits.index_put((rows, columns), logits.new_full((), float("-inf")))
     top, tokens = logits.max(dim=-1)
-    drawn = [i for i, p in enumerate(params) if not p.is_greedy]
-    if drawn:
+    drawn = np.flatnonzero(settings.numbers[0])
+    if len(drawn):
         if thresholds is None:
             thresholds = sorted_thresholds if logits.device.type == "cpu" else bisected_thresholds
-        chosen = [params[i] for i in drawn]
-        index, numbers = staging.upload(
-            np.array(drawn, dtype=np.int64),
-            np.concatenate([
-                uniform([p.seed for p in chosen], [positions[i] for i in drawn]),
-                np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in chosen], dtype=np.float64).T.reshape(-1),
-            ]),
-        )  # fmt: skip
-        everyone = len(drawn) == len(params)
-        picked = _draw(logits if everyone else logits.index_select(0, index), numbers.view(5, -1, 1), chosen,
+        chosen = settings.take(drawn)
+        uniforms = uniform(chosen.seeds, positions[drawn])
+        index, numbers = staging.upload(drawn, np.concatenate([uniforms, chosen.numbers.reshape(-1)]))
+        everyone = len(drawn) == len(positions)
+        picked = _draw(logits if everyone else logits.index_select(0, index), numbers.view(5, -1, 1), chosen.numbers,
                        thresholds)  # fmt: skip
         tokens = picked if everyone else tokens.index_copy(0, index, picked)
-    return torch.where(torch.isfinite(top), tokens, INVALID_TOKEN)
+    return torch.where(_is_finite(top), tokens, INVALID_TOKEN)
 
 
-def _draw(logits: Tensor, numbers: Tensor, params: Seq[SamplingParams], thresholds: Thresholds) -> Tensor:
+def _draw(logits: Tensor, numbers: Tensor, settings: Floats, thresholds: Thresholds) -> Tensor:
     """Inverse-CDF draws in vocabulary order: the first token whose cumulative mass exceeds u times the total.
 
-    logits [rows, vocab] float32; numbers [5, rows, 1] float64: u, temperature, top_k, top_p, min_p. A row's token
-    depends on the row alone.
+    logits [rows, vocab] float32; numbers [5, rows, 1] float64: u, then what the host has as `settings` [4, rows]:
+    temperature, top_k, top_p, min_p. A row's token depends on the row alone.
     """
     u, temperature, top_k, top_p, min_p = numbers
     scaled = logits / temperature.float()
-    filtered = any(p.top_k > 0 or p.top_p < 1 for p in params)
+    filtered = bool((settings[1] > 0).any() or (settings[2] < 1).any())
     lowest = thresholds(scaled, top_k, top_p) if filtered else None
     probs = torch.softmax(scaled.double(), dim=-1)
     if lowest is not None:
         probs = probs * (scaled >= lowest)
-    if any(p.min_p > 0 for p in params):
+    if (settings[3] > 0).any():
         probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
     mass = probs.cumsum(-1)
     total = mass[:, -1:]

@@ -1,22 +1,27 @@
 """Which tokens of which sequences the next step computes.
 
-Each step has a budget of tokens. Decoding sequences come first, one token each; then prompts that are partly computed;
-then waiting requests, in order of arrival, in chunks that fill the budget. A request whose adapter is on its way to the
-device waits alone. When blocks run out the youngest running sequence gives its blocks back and is recomputed later.
+Each step has a budget of tokens. Decoding sequences, the rows of the batch, come first, one token each; then prompts
+that are partly computed; then waiting requests, in an order that is fair to tenants and adapter sets (`FairQueue`), in
+chunks that fill the budget. Requests whose adapters are on their way to the device wait without holding others up. When
+blocks run out the youngest running sequence gives its blocks back and is recomputed later.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from loramux.server.engine.batch import Batch
 from loramux.server.engine.blocks import BlockManager
+from loramux.server.engine.fair_queue import FairQueue
 from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.step import Chunk as Chunk
+from loramux.server.engine.step import Ints, Step
 
 LOOK_AHEAD = 8
+PROMPT_LOGIT_ROWS = 512
+"""Tokens in one step of prompts whose log-probabilities are wanted: a row of logits each, so this bounds its memory."""
 
 
 class AdapterGate(Protocol):
@@ -35,19 +40,6 @@ class AdapterGate(Protocol):
         """The caller that waited for this set no longer does."""
 
 
-class Chunk(NamedTuple):
-    """Tokens [start, end) of one sequence, to be computed in this step."""
-
-    seq: Sequence
-    start: int
-    end: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk ends at the sequence's last token, so that a next one is chosen."""
-        return self.end == len(self.seq.tokens)
-
-
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A sequence that left the queue because it can never run."""
@@ -63,6 +55,7 @@ class Scheduler:
         self,
         blocks: BlockManager,
         adapters: AdapterGate,
+        batch: Batch,
         *,
         max_num_seqs: int,
         max_batched_tokens: int,
@@ -70,76 +63,101 @@ class Scheduler:
         order: Callable[[int], tuple[int, ...]],
         load_errors: tuple[type[Exception], ...] = (),
     ) -> None:
-        """`check_set` raises ValueError for a set of slots that the kernels cannot compute; `order` sorts slots as the
-        kernels like to meet them."""
+        """`batch` has those of the running sequences that decode. `check_set` raises ValueError for a set of slots that
+        the kernels cannot compute; `order` sorts slots as the kernels like to meet them."""
         self.blocks = blocks
         self.adapters = adapters
+        self.batch = batch
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: FairQueue[Sequence] = FairQueue(lambda seq: (seq.request.tenant, seq.spans[0].key))
+        self.running: dict[Sequence, None] = {}
         self.waiting_for_adapter = 0
         self.preemptions = 0
         self._check_set = check_set
         self._order = order
         self._load_errors = load_errors
+        self._outside: dict[Sequence, None] = {}
 
     def add(self, seq: Sequence) -> None:
         """Queues a new sequence."""
-        self.waiting.append(seq)
+        self.waiting.add(seq)
 
-    def schedule(self) -> tuple[list[Chunk], list[Failure]]:
-        """The next step's chunks (decodes first, each part in the kernels' order), and sequences that failed."""
-        budget = self.max_batched_tokens
-        block_size, preemptions = self.blocks.block_size, self.preemptions
+    def schedule(self) -> tuple[Step, list[Failure]]:
+        """The next step (decodes first, each part in the kernels' order), and sequences that failed."""
+        self.waiting.tick()
+        self._enter()
+        preemptions = self.preemptions
+        rows = self._decoding_rows()
         chunks: dict[Sequence, Chunk] = {}
-        prefilling: list[Sequence] = []
-        for seq in tuple(self.running):
-            known, start = len(seq.tokens), seq.num_computed
-            if known - start > 1:
-                prefilling.append(seq)
-            elif known - start < 1 or known >= seq.limit or budget == 0 or seq.slots is None:
+        budget = self.max_batched_tokens - len(rows)
+        for seq in tuple(self._outside):
+            missing = min(seq.remaining, budget, self._logit_room(seq, chunks))
+            if missing < 1 or seq.slots is None or (seq.remaining == 1 and seq.is_full):
                 continue  # nothing to compute, or it was preempted for an earlier sequence of this very step
-            elif known <= len(seq.blocks) * block_size or self._make_room(seq, known, chunks):
-                chunks[seq] = Chunk(seq, start, known)
-                budget -= 1
-        for seq in prefilling:
-            if budget == 0:
-                break
-            if seq.slots is None:
-                continue
-            start = seq.num_computed
-            end = start + min(len(seq.tokens) - start, budget)
-            if end <= len(seq.blocks) * block_size or self._make_room(seq, end, chunks):
-                chunks[seq] = Chunk(seq, start, end)
-                budget -= end - start
-        if self.preemptions > preemptions:  # chunks were taken back
-            budget = self.max_batched_tokens - sum(c.end - c.start for c in chunks.values())
+            end = seq.num_computed + missing
+            if self._make_room(seq, end, chunks):
+                chunks[seq] = Chunk(seq, seq.num_computed, end)
+                budget -= missing
+        if self.preemptions > preemptions:  # rows and chunks were taken back
+            rows = self.batch.ready()
+            budget = self.max_batched_tokens - len(rows) - sum(c.end - c.start for c in chunks.values())
         failures = self._admit(budget, chunks)
-        return self._ordered(chunks.values()), failures
+        return Step(self.batch.decodes(rows), self._ordered(chunks.values())), failures
 
     def finish(self, seq: Sequence) -> None:
         """Takes the sequence out, wherever it is, and frees what it holds."""
         if seq in self.running:
-            self.running.remove(seq)
-            self._give_back(seq)
-        elif seq in self.waiting:
-            self.waiting.remove(seq)
+            self._stop(seq)
+            self.waiting.end(seq)
+        elif self.waiting.remove(seq):
             self.adapters.abandon(seq.digests)
+
+    def preempt(self, seq: Sequence) -> None:
+        """A running sequence gives back what it holds; it is the first to be admitted again, and computed anew."""
+        self._stop(seq)
+        self.waiting.put_back(seq)
+        self.preemptions += 1
+
+    def take_out(self, seq: Sequence) -> None:
+        """Takes a sequence out of the batch, so that it may be changed; the next step lets it in again."""
+        if seq.row is not None:
+            self.batch.leave(seq)
+            self._outside[seq] = None
+
+    def _enter(self) -> None:
+        """Sequences that have a first token, computed with the present adapters, become rows of the batch."""
+        for seq in tuple(self._outside):
+            if seq.remaining == 1 and seq.num_output and not seq.is_full and seq.current_span.start < len(seq.tokens):
+                del self._outside[seq]
+                self.batch.enter(seq)
+        self.batch.sort()
+
+    def _decoding_rows(self) -> Ints:
+        """The batch's rows of this step, each with a block for its token; without those preempted for others."""
+        rows = self.batch.ready()
+        short = self.batch.short(rows)
+        if len(short) <= self.blocks.num_free:
+            if len(short):
+                self.batch.give_blocks(short, self.blocks.take(len(short)))
+            return rows
+        in_need = set(self.batch.sequences(short))
+        for seq in [seq for seq in self.running if seq in in_need]:  # the oldest first
+            if seq.row is not None and self._make_room(seq, self.batch.length(seq), {}):
+                self.batch.take_blocks(seq)
+        return self.batch.ready()
 
     def _admit(self, budget: int, chunks: dict[Sequence, Chunk]) -> list[Failure]:
         failures: list[Failure] = []
-        blocked: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
+        while budget > 0 and len(self.running) < self.max_num_seqs and (seq := self.waiting.peek()) is not None:
             try:
                 slots = self.adapters.acquire(seq.digests)
             except self._load_errors as error:
-                self.waiting.popleft()
+                self.waiting.drop()
                 failures.append(Failure(seq, str(error)))
                 continue
             if slots is None:
-                blocked.append(self.waiting.popleft())
+                self.waiting.set_aside()
                 continue
             seq.slots = dict(zip(seq.digests, slots, strict=True))
             try:
@@ -147,14 +165,18 @@ class Scheduler:
                     self._check_set([seq.slots[a.digest] for a in span.adapters])
             except ValueError as error:
                 self._give_back(seq)
-                self.waiting.popleft()
+                self.waiting.drop()
                 failures.append(Failure(seq, str(error)))
                 continue
             if not self._fits(seq):
                 self._give_back(seq)
                 break
+            room = min(budget, self._logit_room(seq, chunks))
+            if not room:
+                self._give_back(seq)
+                break
             cached = self.blocks.match_prefix(seq) if seq.request.pooling is None else 0
-            end = cached + min(seq.remaining, budget)
+            end = cached + min(seq.remaining, room)
             if not self.blocks.grow(seq, end):
                 self._give_back(seq)
                 break
@@ -162,14 +184,14 @@ class Scheduler:
                 seq.scheduled_at = time.monotonic()
                 seq.cached_tokens = cached
                 self.blocks.count_query(seq)
-            self.waiting.popleft()
-            self.running.append(seq)
+            self.waiting.admit(len(seq.tokens) - cached)
+            self.running[seq] = self._outside[seq] = None
             chunks[seq] = Chunk(seq, cached, end)
             budget -= end - cached
-        ahead = islice(self.waiting, LOOK_AHEAD)
+        ahead = self.waiting.upcoming(LOOK_AHEAD)
         self.adapters.prefetch([digest for seq in ahead for digest in seq.digests])
-        self.waiting_for_adapter = len(blocked)
-        self.waiting.extendleft(reversed(blocked))
+        self.waiting_for_adapter = self.waiting.set_aside_count
+        self.waiting.resume()
         return failures
 
     def _ordered(self, chunks: Iterable[Chunk]) -> list[Chunk]:
@@ -191,6 +213,12 @@ class Scheduler:
 
         return [chunk for group in sorted(groups, key=place) for chunk in groups[group]]
 
+    def _logit_room(self, seq: Sequence, chunks: dict[Sequence, Chunk]) -> int:
+        """How many of the sequence's tokens the step may compute beside these chunks, for the logits that they need."""
+        if not seq.scores_prompt:
+            return self.max_batched_tokens
+        return PROMPT_LOGIT_ROWS - sum(end - start for seq, start, end in chunks.values() if seq.scores_prompt)
+
     def _fits(self, seq: Sequence) -> bool:
         """Whether the whole of the sequence's present tokens could fit now: admitting less only leads to preemption.
 
@@ -202,18 +230,21 @@ class Scheduler:
     def _make_room(self, seq: Sequence, end: int, chunks: dict[Sequence, Chunk]) -> bool:
         """Blocks for tokens up to `end`; the youngest other sequence gives way, and `seq` itself when it is that."""
         while not self.blocks.grow(seq, end):
-            victim = self.running[-1]
-            self._preempt(victim)
+            victim = next(reversed(self.running))
+            self.preempt(victim)
             chunks.pop(victim, None)
             if victim is seq:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
+    def _stop(self, seq: Sequence) -> None:
+        """The sequence runs no more, and what it holds is freed."""
+        del self.running[seq]
+        if seq.row is None:
+            del self._outside[seq]
+        else:
+            self.batch.leave(seq)
         self._give_back(seq)
-        self.waiting.appendleft(seq)
-        self.preemptions += 1
 
     def _give_back(self, seq: Sequence) -> None:
         self.blocks.free(seq)

@@ -24,11 +24,25 @@ def canonical_set(adapters: tuple[AdapterRef, ...]) -> tuple[AdapterRef, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens from `start` on (until the next span's start) are computed with this adapter set."""
+    """Tokens from `start` on (until the next span's start) are computed with this adapter set.
+
+    `mark` stands for it in the hash of a block that it begins: see `mark_at`.
+    """
 
     start: int
     adapters: tuple[AdapterRef, ...]
     key: bytes
+    mark: bytes
+
+    @staticmethod
+    def of(start: int, adapters: tuple[AdapterRef, ...]) -> "Span":
+        """The span of a canonical set."""
+        key = set_key(adapters)
+        return Span(start, adapters, key, struct.pack("<qq", 0, len(key)) + key)
+
+    def mark_at(self, offset: int) -> bytes:
+        """The offset in its block at which the set begins to hold, the length of its key, and the key."""
+        return self.mark if offset == 0 else struct.pack("<qq", offset, len(self.key)) + self.key
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +58,13 @@ class Sequence:
     starts at token 0. `pooled` float32, on the device, is what a pooling request has so far: the sum of its hidden
     states [layers, hidden], or the last of them [layers, tokens, hidden]. `scheduled_at` (seconds, `time.monotonic()`)
     is when its first tokens were first scheduled. `has_ended`: what is still under way for it counts for nothing.
+
+    `generates` says that tokens are wanted, and not only what is known of the prompt. `scores_prompt`: so are the
+    log-probabilities of the prompt's tokens, those after its first `num_scored` ones still; `prompt_scores` are the
+    ones that nobody was told yet, as `EngineOutput` has them. `counts` is the sequence's row in `penalties.Penalties`.
+
+    `source` is the number of the pending token among those that its step chooses. `row` is the sequence's row in the
+    decode batch; while it has one, `tokens`, `num_computed` and `source` lag behind (see `batch.Batch`).
     """
 
     request: EngineRequest
@@ -53,6 +74,8 @@ class Sequence:
     pools: bool
     is_plain: bool
     spans: list[Span]
+    generates: bool = True
+    scores_prompt: bool = False
     num_computed: int = 0
     cached_tokens: int = 0
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
@@ -62,19 +85,26 @@ class Sequence:
     pooled: Tensor | None = None
     scheduled_at: float | None = None
     has_ended: bool = False
+    source: int = 0
+    row: int | None = None
+    num_scored: int = 0
+    prompt_scores: list[bytes] = field(default_factory=list)
+    counts: int | None = None
 
     @classmethod
     def from_request(cls, request: EngineRequest) -> "Sequence":
         """A fresh sequence with one span over everything."""
-        adapters = canonical_set(request.adapters)
+        sampling, pools = request.sampling, request.pooling is not None
         return cls(
             request=request,
             tokens=list(request.prompt_token_ids),
             prompt_len=len(request.prompt_token_ids),
-            limit=len(request.prompt_token_ids) + request.sampling.max_tokens,
-            pools=request.pooling is not None,
-            is_plain=request.sampling.is_greedy and request.sampling.min_tokens <= 0,
-            spans=[Span(0, adapters, set_key(adapters))],
+            limit=len(request.prompt_token_ids) + max(1, sampling.max_tokens),
+            pools=pools,
+            is_plain=sampling.is_greedy and sampling.min_tokens <= 0 and not sampling.is_adjusted,
+            spans=[Span.of(0, canonical_set(request.adapters))],
+            generates=not pools and sampling.max_tokens > 0,
+            scores_prompt=not pools and sampling.prompt_logprobs is not None,
         )
 
     @property
@@ -86,6 +116,18 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens generated so far, the pending one included."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def reusable(self) -> int:
+        """How many tokens may be taken from the cache: all but the last, unless logits of the prompt are wanted."""
+        if self.scores_prompt and self.num_scored < self.prompt_len - 1:
+            return self.num_scored
+        return len(self.tokens) - 1
+
+    @property
+    def free_at(self) -> int:
+        """The position of the first token that may end the sequence."""
+        return self.prompt_len + self.request.sampling.min_tokens
 
     @property
     def is_full(self) -> bool:
@@ -109,12 +151,15 @@ class Sequence:
         return tuple(seen)
 
     def switch(self, adapters: tuple[AdapterRef, ...]) -> None:
-        """Tokens from here on use another set; what is in the cache stays as it was computed."""
-        adapters = canonical_set(adapters)
-        key = set_key(adapters)
-        if key == self.current_span.key:
+        """Tokens from here on use another set; what is in the cache stays as it was computed.
+
+        Raises ValueError for a sequence in the decode batch, which it has to leave first: see `Scheduler.take_out`.
+        """
+        if self.row is not None:
+            raise ValueError(f"request {self.request_id} is in the decode batch")
+        span = Span.of(len(self.tokens), canonical_set(adapters))
+        if span.key == self.current_span.key:
             return
-        span = Span(len(self.tokens), adapters, key)
         if self.current_span.start == span.start:
             self.spans[-1] = span
         else:

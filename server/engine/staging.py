@@ -53,7 +53,7 @@ class Staging:
 
 
 class Download:
-    """Numbers on their way back to the host; `values` waits for them, and for nothing launched later."""
+    """Numbers on their way back to the host; `tensor` waits for them, and for nothing launched later."""
 
     def __init__(self, source: Tensor) -> None:
         """Starts the copy of a device tensor on the current stream."""
@@ -64,11 +64,6 @@ class Download:
         self._host.copy_(source, non_blocking=True)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._copied.record()
-
-    def values(self) -> list[int]:
-        """The numbers of a one-dimensional tensor."""
-        found: list[int] = self.tensor().tolist()
-        return found
 
     def tensor(self) -> Tensor:
         """The tensor on the host."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loramux.server.engine.attention import LayerShape, StepPlaces
-from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.step import Ints
 
 READ_STEP = 16
 
@@ -119,44 +119,46 @@ class WorkspaceRows:
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.width = 0
-        self._rows: dict[Sequence, int] = {}
-        self._filled: dict[Sequence, int] = {}
+        self._row_of: dict[Sequence, int] = {}
+        self._seqs: tuple[Sequence, ...] = ()
+        self._rows: Ints = np.zeros(0, dtype=np.int64)
+        self._filled: Ints = np.zeros(0, dtype=np.int64)
 
-    def place(self, decodes: Seq[Chunk]) -> list[tuple[int, int]] | None:
-        """For each decode its row and the tokens already in it; None when the padding would cost too much.
+    def place(self, seqs: tuple[Sequence, ...], ends: Ints) -> tuple[Ints, Ints] | None:
+        """(row, tokens already in it) of each decode, whose contexts are `ends` with the query included; None when the
+        padding would cost too much.
 
         Rows of sequences that are not decoding now are free; a new sequence takes the lowest free row.
         """
-        present = {c.seq for c in decodes}
-        for gone in [seq for seq in self._rows if seq not in present]:
-            del self._rows[gone], self._filled[gone]
-        if not decodes:
+        if seqs != self._seqs:
+            self._assign(seqs)
+        if not seqs:
             return None
-        if any(row >= 2 * len(decodes) for row in self._rows.values()):
-            self._forget()
-        longest = -(-max(c.end for c in decodes) // self.WIDTH_STEP) * self.WIDTH_STEP
+        rows, longest = self._rows, -(-int(ends.max()) // self.WIDTH_STEP) * self.WIDTH_STEP
         if not longest <= self.width <= 2 * longest:
             self.width = longest
-            self._filled = dict.fromkeys(self._filled, 0)
-        height = max(len(decodes), max(self._rows.values(), default=-1) + 1)
-        if height * self.width > min(self.max_tokens, 4 * sum(c.end for c in decodes) + 2 * self.WIDTH_STEP * height):
-            self._forget()
+            self._filled[:] = 0
+        height = int(rows.max()) + 1
+        if height * self.width > min(self.max_tokens, 4 * int(ends.sum()) + 2 * self.WIDTH_STEP * height):
+            self._assign(())
             return None
-        taken = set(self._rows.values())
-        free = (row for row in range(2 * len(decodes)) if row not in taken)
-        placed = []
-        for chunk in decodes:
-            if chunk.seq not in self._rows:
-                self._rows[chunk.seq] = next(free)
-                self._filled[chunk.seq] = 0
-            held = self._filled[chunk.seq] if self._filled[chunk.seq] == chunk.start else 0
-            placed.append((self._rows[chunk.seq], held))
-            self._filled[chunk.seq] = chunk.end
-        return placed
+        held = np.where(self._filled[rows] == ends - 1, ends - 1, 0)
+        self._filled[rows] = ends
+        return rows, held
 
-    def _forget(self) -> None:
-        self._rows.clear()
-        self._filled.clear()
+    def _assign(self, seqs: tuple[Sequence, ...]) -> None:
+        """Rows for these sequences and no others."""
+        kept = {seq: self._row_of[seq] for seq in seqs if seq in self._row_of}
+        if any(row >= 2 * len(seqs) for row in kept.values()):
+            kept = {}
+        taken = set(kept.values())
+        free = (row for row in range(2 * len(seqs)) if row not in taken)
+        filled = np.zeros(2 * len(seqs), dtype=np.int64)
+        for row in taken:
+            filled[row] = self._filled[row]
+        self._row_of = {seq: kept[seq] if seq in kept else next(free) for seq in seqs}
+        self._rows = np.array(list(self._row_of.values()), dtype=np.int64)
+        self._seqs, self._filled = seqs, filled
 
 
 class AttentionMath(Protocol):
@@ -179,20 +181,12 @@ class TorchLayer:
     gather costs as much as the attention). It is one flat buffer of that many tokens, cut into rows of a step's width.
     """
 
-    def __init__(self, path: "TorchAttention", num_blocks: int, block_size: int, shape: LayerShape,
-                 dtype: torch.dtype, device: torch.device, workspace_tokens: int = 0) -> None:  # fmt: skip
+    def __init__(self, path: "TorchAttention", k: Tensor, v: Tensor, workspace_tokens: int = 0) -> None:
         self._path = path
-        self.block_size = block_size
-        keys, values = (shape.kv_heads, shape.k_dim), (shape.kv_heads, shape.v_dim)
-        self.k = torch.zeros(num_blocks, block_size, *keys, dtype=dtype, device=device)
-        self.v = torch.zeros(num_blocks, block_size, *values, dtype=dtype, device=device)
-        self._work_k = torch.zeros(workspace_tokens, *keys, dtype=dtype, device=device)
-        self._work_v = torch.zeros(workspace_tokens, *values, dtype=dtype, device=device)
-
-    def clear(self, blocks: Tensor) -> None:
-        """Zeroes the blocks (int64) before their first use by a new holder."""
-        self.k.index_fill_(0, blocks, 0)
-        self.v.index_fill_(0, blocks, 0)
+        self.block_size = k.shape[1]
+        self.k, self.v = k, v
+        self._work_k = k.new_zeros(workspace_tokens, *k.shape[2:])
+        self._work_v = v.new_zeros(workspace_tokens, *v.shape[2:])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None,
                softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
@@ -329,35 +323,43 @@ class TorchAttention:
         self._block_size = block_size
         self._device = device
         self._workspace = WorkspaceRows(workspace_tokens) if workspace_tokens else None
+        sizes = [(shape.kv_heads, dim) for shape in shapes for dim in (shape.k_dim, shape.v_dim)]
+        # Caches of one size are slices of one tensor, so that a block of all layers is cleared at once.
+        self._caches = {
+            size: torch.zeros(sizes.count(size), num_blocks, block_size, *size, dtype=dtype, device=device)
+            for size in dict.fromkeys(sizes)
+        }
+        unused = {size: iter(caches) for size, caches in self._caches.items()}
         self.layers: list[TorchLayer] = [
-            TorchLayer(self, num_blocks, block_size, shape, dtype, device, workspace_tokens) for shape in shapes
+            TorchLayer(self, next(unused[k]), next(unused[v]), workspace_tokens)
+            for k, v in zip(sizes[::2], sizes[1::2], strict=True)
         ]
 
-    def begin(self, chunks: Seq[Chunk], places: StepPlaces, *, decode_rows: int | None = None) -> None:
+    def begin(self, places: StepPlaces, *, decode_rows: int | None = None) -> None:
         """See `AttentionPath.begin`; this path pads nothing."""
         if decode_rows is not None:
             raise ValueError("the torch attention path does not pad decode steps")
-        decodes = [c for c in chunks if c.end - c.start == 1]
-        n = len(decodes)
-        if any(c.end - c.start == 1 for c in chunks[n:]):
-            raise ValueError("single-token chunks come first")
-        placed = None if self._workspace is None else self._workspace.place(decodes)
+        n, ends = places.singles, places.ends
+        placed = None if self._workspace is None else self._workspace.place(places.seqs[:n], ends[:n])
         prefills, first = [], n
-        for c in chunks[n:]:
-            blocks = None
-            if c.start:
-                blocks = torch.tensor(c.seq.blocks[: math.ceil(c.end / self._block_size)], device=self._device)
-            prefills.append(PrefillPiece(first, first + c.end - c.start, c.end, blocks))
-            first += c.end - c.start
+        for i in range(n, len(ends)):
+            end, length = int(ends[i]), int(places.lengths[i])
+            blocks = torch.from_numpy(self._table(places, i, end)).to(self._device) if end > length else None
+            prefills.append(PrefillPiece(first, first + length, end, blocks))
+            first += length
         self.step = AttentionStep(
             slot_mapping=torch.from_numpy(places.slots).to(self._device),
             num_decodes=n,
-            groups=[] if placed is not None else self._groups(decodes),
+            groups=[] if placed is not None else self._groups(places, n),
             rows=None
             if placed is None or self._workspace is None
-            else self._rows(decodes, placed, self._workspace.width),
+            else self._rows(places, *placed, self._workspace.width),
             prefills=prefills,
         )
+
+    def _table(self, places: StepPlaces, number: int, tokens: int) -> Ints:
+        """The blocks that hold the first tokens of a sequence."""
+        return np.array(places.tables[number][: math.ceil(tokens / self._block_size)], dtype=np.int64)
 
     def end(self) -> None:
         """See `AttentionPath.end`."""
@@ -367,45 +369,40 @@ class TorchAttention:
     def clear(self, blocks: Seq[int]) -> None:
         """Zeroes the blocks in all layers: masked attention still multiplies what lies behind a sequence's end."""
         index = torch.tensor(blocks, device=self._device)
-        for layer in self.layers:
-            layer.clear(index)
+        for caches in self._caches.values():
+            caches.index_fill_(1, index, 0)
 
-    def _rows(self, decodes: Seq[Chunk], placed: Seq[tuple[int, int]], width: int) -> DecodeRows:
-        device = self._device
-        lens = np.ones(max(row for row, _ in placed) + 1, dtype=np.int64)
+    def _rows(self, places: StepPlaces, rows: Ints, held: Ints, width: int) -> DecodeRows:
+        """The workspace's rows of the decodes, which hold so many tokens."""
+        device, ends = self._device, places.ends[: len(rows)]
+        lens = np.ones(int(rows.max()) + 1, dtype=np.int64)
+        lens[rows] = ends
         refill = []
-        for chunk, (row, held) in zip(decodes, placed, strict=True):
-            lens[row] = chunk.end
-            if held == 0:
-                blocks = chunk.seq.blocks[: math.ceil(chunk.start / self._block_size)]
-                refill.append((row, torch.tensor(blocks, dtype=torch.long, device=device), chunk.start))
+        for i in np.flatnonzero(held == 0).tolist():
+            tokens = int(ends[i]) - 1
+            refill.append((int(rows[i]), torch.from_numpy(self._table(places, i, tokens)).to(device), tokens))
         return DecodeRows(
-            rows=torch.tensor([row for row, _ in placed], device=device),
-            columns=torch.tensor([c.start for c in decodes], device=device),
+            rows=torch.from_numpy(rows).to(device),
+            columns=torch.from_numpy(ends - 1).to(device),
             lens=torch.from_numpy(lens).to(device),
             refill=refill,
             width=width,
-            read=-(-int(lens.max()) // READ_STEP) * READ_STEP,
+            read=-(-int(ends.max()) // READ_STEP) * READ_STEP,
         )
 
-    def _groups(self, decodes: Seq[Chunk]) -> list[DecodeGroup]:
+    def _groups(self, places: StepPlaces, count: int) -> list[DecodeGroup]:
         """Decodes by powers of two of their context, those up to 128 together: padding is within 2x or 128 tokens."""
-        device = self._device
-        classes: dict[int, list[int]] = {}
-        for i, chunk in enumerate(decodes):
-            classes.setdefault(max(64, chunk.end - 1).bit_length(), []).append(i)
+        device, ends = self._device, places.ends[:count]
+        _, classes = np.frexp(np.maximum(64, ends - 1))
         groups = []
-        for members in classes.values():
-            width = max(math.ceil(decodes[i].end / self._block_size) for i in members)
-            blocks = np.zeros((len(members), width), dtype=np.int64)
-            for row, i in enumerate(members):
-                own = decodes[i].seq.blocks[: math.ceil(decodes[i].end / self._block_size)]
-                blocks[row] = own[0]  # padding reads a block of the sequence's own, which is finite
-                blocks[row, : len(own)] = own
-            everyone = len(members) == len(decodes)
+        for number in np.unique(classes).tolist():
+            members = np.flatnonzero(classes == number)
+            lens = ends[members]
+            # Padding reads a block of the sequence's own, which is finite.
+            blocks = places.tables.padded(members, -(-lens // self._block_size))
             groups.append(DecodeGroup(
-                tokens=None if everyone else torch.tensor(members, device=device),
+                tokens=None if len(members) == count else torch.from_numpy(members).to(device),
                 blocks=torch.from_numpy(blocks).to(device),
-                lens=torch.tensor([decodes[i].end for i in members], device=device),
+                lens=torch.from_numpy(lens).to(device),
             ))  # fmt: skip
         return groups

@@ -4,11 +4,15 @@ Nothing else knows ZeroMQ. Each side has one socket to send and one to receive, 
 directory. A message is a list whose first item says what it is; see `Command` and `Report`.
 """
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import astuple, fields
 from enum import IntEnum
 from typing import Any
 
 import msgpack
+import numpy as np
+import numpy.typing as npt
 import zmq
 import zmq.asyncio
 
@@ -40,7 +44,7 @@ class Report(IntEnum):
 
     READY = 0  # info
     FAILED = 1  # message: the engine cannot start
-    STEP = 2  # outputs, event
+    STEP = 2  # request ids or None, tokens, outputs, event; see `ColumnEncoder`
     STATS = 3  # stats
     PINNED = 4  # call id, error or None
 
@@ -49,14 +53,16 @@ def encode_request(request: EngineRequest) -> list[Any]:
     """The request as plain values."""
     adapters = [(a.digest, a.weight) for a in request.adapters]
     pooling = None if request.pooling is None else (request.pooling.layers, request.pooling.tokens)
-    return [request.request_id, request.prompt_token_ids, astuple(request.sampling), adapters, request.salt, pooling]
+    sampling = astuple(request.sampling)
+    return [request.request_id, request.prompt_token_ids, sampling, adapters, request.salt, pooling, request.tenant]
 
 
 def decode_request(raw: list[Any]) -> EngineRequest:
     """The inverse of `encode_request`."""
-    request_id, prompt, sampling, adapters, salt, pooling = raw
+    request_id, prompt, sampling, adapters, salt, pooling, tenant = raw
     values = dict(zip((f.name for f in fields(SamplingParams)), sampling, strict=True))
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
+    values["logit_bias"] = tuple((token, bias) for token, bias in values["logit_bias"])
     return EngineRequest(
         request_id,
         tuple(prompt),
@@ -64,7 +70,36 @@ def decode_request(raw: list[Any]) -> EngineRequest:
         tuple(AdapterRef(d, w) for d, w in adapters),
         salt,
         None if pooling is None else PoolingParams(tuple(pooling[0]), pooling[1]),
+        tenant,
     )
+
+
+class ColumnEncoder:
+    """One token for each of many requests, as plain values: whose they are is told when it changes.
+
+    A column is (request ids, or None for those of the column before; the bytes of the tokens, int64 little-endian).
+    """
+
+    def __init__(self) -> None:
+        self._told: tuple[str, ...] | None = None
+
+    def encode(self, request_ids: tuple[str, ...], tokens: npt.NDArray[np.int64]) -> tuple[Any, Any]:
+        """The column; `request_ids` counts as unchanged when it is the same object."""
+        told, self._told = self._told, request_ids
+        return None if request_ids is told else request_ids, tokens.astype("<i8", copy=False).tobytes()
+
+
+class ColumnDecoder:
+    """The inverse of `ColumnEncoder`, column by column in the same order."""
+
+    def __init__(self) -> None:
+        self._request_ids: Seq[str] = ()
+
+    def decode(self, request_ids: Seq[str] | None, tokens: bytes) -> Iterator[tuple[str, int]]:
+        """(request id, token) of each. Raises ValueError when the numbers of the two differ."""
+        if request_ids is not None:
+            self._request_ids = request_ids
+        return zip(self._request_ids, np.frombuffer(tokens, dtype="<i8").tolist(), strict=True)
 
 
 def decode_output(raw: list[Any]) -> EngineOutput:
@@ -121,6 +156,7 @@ class EngineEnd:
             socket.set_hwm(0)
         self._commands.connect(commands)
         self._reports.connect(reports)
+        self._columns = ColumnEncoder()
 
     def receive(self, timeout_seconds: float) -> list[list[Any]]:
         """All commands that are there, waiting at most this long for the first."""
@@ -132,6 +168,12 @@ class EngineEnd:
     def send(self, report: Report, *content: Any) -> None:
         """Sends a report; never blocks."""
         self._reports.send(msgpack.packb([int(report), *content]))
+
+    def send_step(
+        self, request_ids: tuple[str, ...], tokens: npt.NDArray[np.int64], others: Seq[EngineOutput], event: StepEvent
+    ) -> None:
+        """Sends what a step gave: a token for each of the requests, and outputs that say more than a token."""
+        self.send(Report.STEP, *self._columns.encode(request_ids, tokens), others, encode_event(event))
 
     def close(self) -> None:
         """Sends what is queued (for at most a second) and closes the sockets."""

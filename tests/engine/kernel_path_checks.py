@@ -2,6 +2,7 @@
 runs this file in a process of its own: the interpreter is chosen when triton is imported."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,19 @@ def with_graphs(core: EngineCore) -> EngineCore:
     graphs = DecodeGraphs(core.model, core.backend, path, max_rows=core.config.max_num_seqs, capture=False)
     core.runner = Runner(core.model, core.backend, path, block_size=size, graphs=graphs)
     return core
+
+
+class Counted:
+    """Counts the calls of a backend's method from now on."""
+
+    def __init__(self, backend: Any, name: str) -> None:
+        self.calls = 0
+        self._method = getattr(backend, name)
+        setattr(backend, name, self)
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self._method(*args)
 
 
 def prepare(root: Path, family: str) -> tuple[Path, list[str]]:
@@ -56,6 +70,17 @@ def test_kernels_give_the_torch_paths_tokens(tmp_path: Path) -> None:
     core = make_core(path / "base", path / "blobs", max_batched_tokens=16, **KERNELS)
     assert isinstance(core.runner.attention, KernelAttention)
     assert run(core, workload(digests)) == expected
+
+
+@pytest.mark.parametrize(("family", "padded"), [("qwen2", True), ("gpt_oss", False)])
+def test_folded_projections_give_the_same_tokens(tmp_path: Path, family: str, padded: bool) -> None:
+    """With biases, mixed ranks and sets, prompts and decodes in one step; no expand is launched by itself."""
+    path, digests = prepare(tmp_path, family)
+    expected = run(make_core(path / "base", path / "blobs"), workload(digests))
+    core = make_core(path / "base", path / "blobs", lora_fold=True, max_num_seqs=8, **KERNELS)
+    folded, apart = Counted(core.backend, "project"), Counted(core.backend, "finish")
+    assert run(with_graphs(core) if padded else core, workload(digests)) == expected
+    assert folded.calls > apart.calls == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -41,14 +41,14 @@ class Recorder:
 
     def __init__(self, core: EngineCore) -> None:
         self.rows: Rows = {}
-        self._forward = core.runner.forward
-        core.runner.forward = self  # type: ignore[method-assign, assignment]
+        self._compute = core.runner.compute
+        core.runner.compute = self  # type: ignore[method-assign, assignment]
 
-    def __call__(self, chunks: Any, *rest: Any) -> Any:
-        logits, sampling = self._forward(chunks, *rest)
-        for row, chunk in zip(logits, sampling, strict=True):
+    def __call__(self, inputs: Any, *rest: Any) -> Any:
+        logits = self._compute(inputs, *rest)
+        for row, chunk in zip(logits[: len(inputs.sampling)], inputs.sampling, strict=True):
             self.rows.setdefault((chunk.seq.request_id, chunk.end), []).append(row.clone())
-        return logits, sampling
+        return logits
 
 
 def serve(core: EngineCore, *batches: Iterable[EngineRequest]) -> tuple[Rows, dict[str, list[int]]]:

@@ -19,8 +19,8 @@ from loramux.server.engine.loading import (
     resolve_model,
 )
 from loramux.server.engine.runner import Runner
-from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
+from loramux.server.engine.step import Chunk
 from loramux.server.engine.torch_attention import TorchAttention
 
 BLOCK = 4

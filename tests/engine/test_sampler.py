@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from loramux.server.engine import sampler
 from loramux.server.engine.protocol import SamplingParams
-from loramux.server.engine.sampler import Thresholds, bisected_thresholds, sorted_thresholds, uniform
+from loramux.server.engine.sampler import Floats, SamplingColumns, Thresholds, bisected_thresholds, sorted_thresholds
 from loramux.server.engine.staging import Staging
 
 CPU = torch.device("cpu")
@@ -20,9 +21,14 @@ def params(**kwargs: float) -> SamplingParams:
 def sample(logits: torch.Tensor, chosen: list[SamplingParams], positions: list[int], banned: list[tuple[int, ...]],
            thresholds: Thresholds | None = None) -> list[int]:  # fmt: skip
     tokens: list[int] = sampler.sample(
-        logits, chosen, positions, dict(enumerate(banned)), Staging(CPU), thresholds
+        logits, SamplingColumns.of(chosen), np.array(positions), dict(enumerate(banned)), Staging(CPU), thresholds
     ).tolist()
     return tokens
+
+
+def uniform(seeds: list[int], positions: list[int]) -> Floats:
+    columns = SamplingColumns.of([params(seed=seed) for seed in seeds])
+    return sampler.uniform(columns.seeds, np.array(positions))
 
 
 def draw(logits: torch.Tensor, p: SamplingParams, position: int = 0) -> int:
