@@ -5,7 +5,7 @@ A candidate key is an opaque string (the server uses adapter names or digests); 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -56,4 +56,17 @@ class Scorer(Protocol):
 
     def score(self, embeddings: Floats) -> Floats:
         """float32 [n, len(candidates)] of float32 [n, dim]; higher is better, -inf where nothing is known."""
+        ...
+
+
+@runtime_checkable
+class GrowingScorer(Scorer, Protocol):
+    """A scorer that takes in more scored queries without being trained again; the one in use stays as it is."""
+
+    def update(self, embeddings: Floats, scores: npt.NDArray[np.float64], candidates: Sequence[str]) -> Self:
+        """With more rows: embeddings [n, dim] and scores [n, c] of `candidates`, NaN where unknown."""
+        ...
+
+    def without(self, candidates: Sequence[str]) -> Self:
+        """Without these candidates; unknown ones are ignored. Raises ValueError when none would be left."""
         ...

@@ -1,28 +1,32 @@
 """The ladder: which rung decides, for which candidates, and what it decides.
 
 Rungs, best first: "scores" (a scorer trained on per-query scores), "examples" (the gallery of example prompts and
-descriptions), "weights" (the adapters' own matrices). A rung covers the candidates that it knows something of. One rung
-decides a query:
+descriptions), "weights" (the adapters' own matrices). A rung covers the candidates that it knows something of, and can
+abstain where it has a threshold: scores by the base's predicted score, examples by the calibrated one (or, while that
+is missing, by whether the base's own examples are nearer), weights by the base's own examples.
 
-- The one that the request names. RouterError if it covers no candidate.
-- Else, of scores and examples, the one that covers more of the candidates (scores on a tie), if that is at least half.
-- Else the one of all three that covers most (the better on a tie).
+A request may name its rung, which then decides alone. RouterError if it covers no candidate. Else rungs decide one
+after another, each among the candidates that no rung before it covers:
 
-Candidates that the rung does not cover are never chosen; the decision's reason names them. Scores of different rungs
-have different units, so they are never compared with one another.
+1. First, of scores and examples, the one that covers more of the candidates (scores on a tie), if it covers at least
+   half of them or can abstain; else the one of all three that covers most (the better on a tie).
+2. While nobody reaches the threshold, the other rungs follow, best first; a rung that cannot abstain never follows,
+   because it would take every query that those before it left to the base.
 
-The answer is the base when no candidate's score reaches the threshold: the request's own; else for scores the base's
-predicted score, for examples the gallery's calibrated one (while it is uncalibrated but the base has examples,
-whichever of base and adapter is nearer), for weights none.
+So each adapter is judged by one rung, the best that knows it, and scores of different rungs, which have different
+units, are never compared. A request's own `threshold` is in the units of one rung: with it the first decides alone.
+Candidates that nothing covers are never chosen; the decision's reason names them. The answer is the base when no rung
+chose.
 """
 
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from loramux.router.gallery import Gallery, GallerySnapshot, nearest_threshold
 from loramux.router.interface import BASE, Floats, Scorer
@@ -31,26 +35,41 @@ from loramux.router.sets import choose
 from loramux.router.weights_only import WeightsScorer
 
 Rung = Literal["scores", "examples", "weights"]
+Places = npt.NDArray[np.int64]
 
 RUNGS: tuple[Rung, ...] = ("scores", "examples", "weights")
 TEMPERATURE: Mapping[Rung, float] = {"scores": 0.1, "examples": 0.1, "weights": 0.5}  # in the units of their scores
 _REMEDY: Mapping[Rung, str] = {
     "scores": "train a scorer on scores of these adapters, or use another policy",
     "examples": "upload the adapters with examples or a description, or use another policy",
-    "weights": "no adapter has weights where the router looks, or none were given to it; use another policy",
+    "weights": "no adapter has weights where the router looks, or none are read yet; use another policy",
 }
 _NAMED = 3  # uncovered candidates that a reason names
+_POOLS = 16  # whose rungs are kept resolved
+
+
+class Pool:
+    """The adapters that a caller may use. Made once and kept while it holds: what follows from it is cached by it.
+
+    `names` has each adapter once, never the base.
+    """
+
+    __slots__ = ("known", "names")
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(name for name in dict.fromkeys(names) if name != BASE)
+        self.known = frozenset(self.names)
 
 
 class Query(Protocol):
-    """What a rung may ask for of a query; asked at most once per decision, and only for the rung that decides."""
+    """What a rung may ask for of a query; asked at most once per rung, and only for rungs that come to decide."""
 
     def embedding(self, encoder: str) -> Floats:
         """float32 [dim] by the encoder of that name."""
         ...
 
-    def features(self, modules: Sequence[str]) -> Mapping[str, Floats]:
-        """Inputs of these modules on the prompt: module -> float32 [tokens, in]."""
+    def states(self, layers: Sequence[int]) -> Mapping[int, Floats]:
+        """The prompt's states that enter these layers' attention: layer -> float32 [tokens, in]."""
         ...
 
 
@@ -59,9 +78,10 @@ class Decision:
     """What serves the query, and why.
 
     `chosen` are (key, weight), heaviest first, weights multiples of 1/16 that sum to 1; empty is the base. `rung` is
-    the rung that decided, "none" where there was nothing to decide. `scores` are the best candidates' (key, score),
-    best first. `threshold` is the least score of a member, None where there was none. `abstained`: candidates were
-    scored and none reached it. `milliseconds` run from the plan to the decision, encoding included.
+    the rung that decided (the first, where all left it to the base), "none" where there was nothing to decide.
+    `scores` are the best candidates' (key, score) by that rung, best first. `threshold` is the least score of a member,
+    None where there was none. `abstained`: candidates were scored and none reached it. `milliseconds` run from the
+    plan to the decision, encoding included.
     """
 
     chosen: tuple[tuple[str, float], ...]
@@ -73,106 +93,122 @@ class Decision:
     milliseconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What the policy knows at one moment."""
+Source = Scorer | GallerySnapshot | WeightsScorer
 
-    scorer: Scorer | None = None
-    scorer_encoder: str = ""
-    forgotten: frozenset[str] = frozenset()
-    gallery: Gallery | None = None
-    gallery_encoder: str = ""
-    weights: WeightsScorer | None = None
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stage:
+    """One rung and the candidates that are its to judge: `names`, at `places` among what `source` scores."""
+
+    rung: Rung
+    source: Source
+    names: tuple[str, ...]
+    places: Places
+    note: str
+    encoder: str = ""
+    layers: tuple[int, ...] = ()
+
+    def score(self, embedding: Floats | None, states: Mapping[int, Floats] | None) -> tuple[Floats, float | None, str]:
+        """(score of each candidate, threshold, where the threshold is from)."""
+        source = self.source
+        if isinstance(source, WeightsScorer):
+            if states is None:
+                raise ValueError("the weights rung needs the prompt's states")
+            threshold = source.threshold(self.places)
+            basis = source.reference.describe() if threshold is None else source.describe()
+            return source.score_at(states, self.places), threshold, basis
+        if embedding is None:
+            raise ValueError(f"the {self.rung} rung needs an embedding by {self.encoder}")
+        row = np.asarray(embedding, dtype=np.float32).reshape(1, -1)
+        if isinstance(source, GallerySnapshot):
+            calibration, threshold = source.calibration, source.calibration.threshold
+            basis = calibration.describe()
+            likeness = source.base_likeness(row) if threshold is None else None
+            if likeness is not None:
+                threshold, basis = nearest_threshold(float(likeness[0])), f"the base is as near; {basis}"
+            return source.score_at(row, self.places)[0], threshold, basis
+        values = np.asarray(source.score(row)[0], dtype=np.float32)
+        if BASE in source.candidates:
+            return values[self.places], float(values[source.candidates.index(BASE)]), "the base's predicted score"
+        return values[self.places], None, "the base has no predicted score"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Which rung will decide one query and what it needs for that; nothing that changes later affects it.
+    """Which rungs will decide one query, and what the next one needs; nothing that changes later affects it.
 
-    `encoder` names the encoder of the embedding that is needed ("" if none is), `modules` the modules whose inputs
-    are. Where both are empty, `decide()` needs nothing: the answer is the base.
+    `encoder` names the encoder of the embedding that is needed ("" if none is), `layers` the layers whose states are.
+    Where both are empty, `decide()` needs nothing: the answer is the base. After a decision, `after` gives the plan of
+    the rung that follows, if one does.
     """
 
-    rung: Rung | None
-    candidates: tuple[str, ...]
-    encoder: str
-    modules: tuple[str, ...]
+    stages: tuple[_Stage, ...]
     options: RouteOptions
     note: str
     started: float
     max_set_size: int
     max_scores: int
-    source: Scorer | GallerySnapshot | WeightsScorer | None
+    before: Decision | None = None
 
-    def decide(
-        self,
-        embedding: Floats | None = None,
-        features: Mapping[str, Floats] | None = None,
-        responses: Mapping[str, float] | None = None,
-    ) -> Decision:
-        """The decision, from what the plan needs: an `embedding` [dim], or `features` (module -> [tokens, in]).
+    @property
+    def rung(self) -> Rung | None:
+        """The rung that decides next."""
+        return self.stages[0].rung if self.stages else None
 
-        `responses` are the weights rung's scores by candidate, where the engine has computed them already
-        (`StackedScorer`). ValueError when what is needed is missing.
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Those that it judges."""
+        return self.stages[0].names if self.stages else ()
+
+    @property
+    def encoder(self) -> str:
+        """See the class."""
+        return self.stages[0].encoder if self.stages else ""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """See the class."""
+        return self.stages[0].layers if self.stages else ()
+
+    def after(self, decision: Decision) -> "Plan | None":
+        """The plan that goes on where this one's `decision` left the query to the base; None when it stands."""
+        if not decision.abstained or len(self.stages) < 2:
+            return None
+        return replace(self, stages=self.stages[1:], before=decision)
+
+    def decide(self, embedding: Floats | None = None, states: Mapping[int, Floats] | None = None) -> Decision:
+        """The decision, from what the plan needs: an `embedding` [dim], or `states` (layer -> [tokens, in]).
+
+        ValueError when what is needed is missing.
         """
-        if self.rung is None:
+        if not self.stages:
             return self._decision((), (), None, self.note, abstained=False)
-        values, threshold, basis = self._scores(embedding, features, responses)
+        stage = self.stages[0]
+        values, threshold, basis = stage.score(embedding, states)
         if self.options.threshold is not None:
             threshold, basis = self.options.threshold, "as requested"
-        order = np.argsort(-values, kind="stable")
-        order = order[np.isfinite(values[order])]
-        ranked = values[order]
-        shown = tuple((self.candidates[i], float(values[i])) for i in order[: self.max_scores])
-        members = len(order) if threshold is None else int((ranked >= threshold).sum())
+        finite = np.isfinite(values)
+        members = int((finite if threshold is None else finite & (values >= threshold)).sum())
+        top_p = self.options.top_p
+        order = best_places(values, max(self.max_scores, members if top_p is not None else self.max_set_size))
+        shown = tuple((stage.names[i], float(values[i])) for i in order[: self.max_scores])
         if not members:
-            why = f"no candidate has a score; {self.note}"
+            why = "no candidate has a score"
             if shown:
                 below = f"the best score, {shown[0][1]:.4g} of {shown[0][0]}, is below the threshold {threshold:.4g}"
-                why = f"{below} ({basis}); {self.note}"
-            return self._decision((), shown, threshold, why, abstained=True)
+                why = f"{below} ({basis})"
+            return self._decision((), shown, threshold, f"{why}; {stage.note}", abstained=True)
         positions = choose(
-            ranked[:members],
-            temperature=self.options.temperature or TEMPERATURE[self.rung],
+            values[order[:members]],
+            temperature=self.options.temperature or TEMPERATURE[stage.rung],
             top_k=self.options.top_k,
-            top_p=self.options.top_p,
+            top_p=top_p,
             max_size=self.max_set_size,
         )
-        chosen = tuple((self.candidates[order[i]], weight) for i, weight in positions)
+        chosen = tuple((stage.names[order[i]], weight) for i, weight in positions)
         bar = "no threshold" if threshold is None else f"threshold {threshold:.4g}"
-        why = f"best of {len(order)}; {bar} ({basis}); {self.note}"
+        why = f"best of {int(finite.sum())}; {bar} ({basis}); {stage.note}"
         return self._decision(chosen, shown, threshold, why, abstained=False)
-
-    def _scores(
-        self,
-        embedding: Floats | None,
-        features: Mapping[str, Floats] | None,
-        responses: Mapping[str, float] | None,
-    ) -> tuple[Floats, float | None, str]:
-        """(score of each candidate, threshold, where the threshold is from)."""
-        if isinstance(self.source, WeightsScorer):
-            basis = "weights alone cannot tell that none fits"
-            if responses is not None:
-                return np.asarray([responses.get(k, -np.inf) for k in self.candidates], np.float32), None, basis
-            if features is None:
-                raise ValueError("the weights rung needs features of the prompt")
-            return self.source.score(features, self.candidates), None, basis
-        if embedding is None:
-            raise ValueError(f"the {self.rung} rung needs an embedding by {self.encoder}")
-        row = np.asarray(embedding, dtype=np.float32).reshape(1, -1)
-        if isinstance(self.source, GallerySnapshot):
-            calibration, threshold = self.source.calibration, self.source.calibration.threshold
-            basis = calibration.describe()
-            likeness = self.source.base_likeness(row)
-            if threshold is None and likeness is not None:
-                threshold, basis = nearest_threshold(float(likeness[0])), f"the base is as near; {basis}"
-            return self.source.score(row, self.candidates)[0], threshold, basis
-        assert self.source is not None
-        scored = dict(zip(self.source.candidates, self.source.score(row)[0].tolist(), strict=True))
-        values = np.asarray([scored[key] for key in self.candidates], dtype=np.float32)
-        if BASE in scored:
-            return values, float(scored[BASE]), "the base's predicted score"
-        return values, None, "the base has no predicted score"
 
     def _decision(
         self,
@@ -184,7 +220,81 @@ class Plan:
         abstained: bool,
     ) -> Decision:
         elapsed = (time.perf_counter() - self.started) * 1e3
+        if self.before is not None:
+            if abstained:
+                return replace(self.before, reason=f"{self.before.reason}; {self.rung}: {reason}", milliseconds=elapsed)
+            reason = f"{reason}; {self.before.rung}: {self.before.reason}"
         return Decision(chosen, self.rung or "none", scores, threshold, abstained, reason, elapsed)
+
+
+def best_places(values: Floats, count: int) -> Places:
+    """Places of the `count` highest finite values [n], highest first, of equals the first: O(n) and a short sort."""
+    places = np.flatnonzero(np.isfinite(values))
+    if count < len(places):
+        kept = values[places]
+        places = places[kept >= np.partition(kept, len(kept) - count)[len(kept) - count]]
+    return np.asarray(places[np.argsort(-values[places], kind="stable")][:count], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Known:
+    """What the policy knows at one moment, but for what the gallery learns."""
+
+    scorer: Scorer | None = None
+    scorer_encoder: str = ""
+    forgotten: frozenset[str] = frozenset()
+    gallery: Gallery | None = None
+    gallery_encoder: str = ""
+    weights: WeightsScorer | None = None
+    hidden: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _RungState:
+    """One rung at one moment: what scores, the place of each candidate that it knows, and what it needs of a query."""
+
+    source: Source
+    places: Mapping[str, int]
+    can_abstain: bool
+    encoder: str = ""
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rungs:
+    """The rungs that there are, best first, and what they mean for pools that have been asked about."""
+
+    known: _Known
+    snapshot: GallerySnapshot | None
+    states: Mapping[Rung, _RungState]
+    resolved: dict[int, tuple[Pool, tuple[_Stage, ...]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, known: _Known, snapshot: GallerySnapshot | None) -> "_Rungs":
+        found: dict[Rung, _RungState] = {}
+        if known.scorer is not None:
+            names = known.scorer.candidates
+            places = {n: i for i, n in enumerate(names) if n != BASE and n not in known.forgotten}
+            found["scores"] = _RungState(known.scorer, places, BASE in names, encoder=known.scorer_encoder)
+        if snapshot is not None:
+            can_abstain = snapshot.calibration.threshold is not None or snapshot.knows_base
+            found["examples"] = _RungState(snapshot, snapshot.slots, can_abstain, encoder=known.gallery_encoder)
+        if known.weights is not None:
+            weights = known.weights
+            places = {n: i for n, i in weights.places.items() if n not in known.hidden}
+            found["weights"] = _RungState(weights, places, weights.reference.own, layers=weights.layers)
+        return cls(known, snapshot, found)
+
+    def stages(self, pool: Pool) -> tuple[_Stage, ...]:
+        """The rungs that decide for a pool, in order; kept, because pools recur and are large."""
+        kept = self.resolved.get(id(pool))
+        if kept is not None:
+            return kept[1]
+        found = _stages(pool, self.states)
+        if len(self.resolved) >= _POOLS:
+            self.resolved.clear()
+        self.resolved[id(pool)] = (pool, found)  # the pool is kept with it, so that nobody gets its identity
+        return found
 
 
 class RouterPolicy:
@@ -201,6 +311,7 @@ class RouterPolicy:
         self._max_scores = max_scores
         self._lock = threading.Lock()
         self._known = _Known()
+        self._rungs = _Rungs(self._known, None, {})
 
     def use_scorer(self, scorer: Scorer | None, encoder: str = "") -> None:
         """The scores rung is this scorer over embeddings of that encoder; None takes it away.
@@ -221,58 +332,63 @@ class RouterPolicy:
         with self._lock:
             self._known = replace(self._known, gallery=gallery, gallery_encoder=encoder)
 
-    def use_weights(self, weights: WeightsScorer | None) -> None:
-        """The weights rung is this scorer; None takes it away."""
+    def use_weights(self, weights: WeightsScorer | None, hidden: Iterable[str] = ()) -> None:
+        """The weights rung is this scorer, but for the adapters `hidden`; None takes it away."""
         with self._lock:
-            self._known = replace(self._known, weights=weights)
+            self._known = replace(self._known, weights=weights, hidden=frozenset(hidden))
 
     def forget(self, key: str) -> None:
-        """Removes an adapter from every rung. The scores rung ignores the key until it gets a new scorer."""
+        """Removes an adapter from every rung. Scores and weights ignore the key until they get a new scorer."""
         with self._lock:
             known = self._known
             if known.gallery is not None:
                 known.gallery.remove(key)
-            weights = known.weights.without(key) if known.weights is not None else None
-            self._known = replace(known, weights=weights, forgotten=known.forgotten | {key})
+            self._known = replace(known, forgotten=known.forgotten | {key}, hidden=known.hidden | {key})
 
-    def decide(self, query: Query, allowed: Sequence[str], options: RouteOptions | None = None) -> Decision:
+    def decide(self, query: Query, allowed: Pool | Sequence[str], options: RouteOptions | None = None) -> Decision:
         """The decision for a query among the adapters that its caller may use. Raises RouterError; see `plan`."""
-        plan = self.plan(allowed, options)
-        embedding = query.embedding(plan.encoder) if plan.encoder else None
-        return plan.decide(embedding, query.features(plan.modules) if plan.modules else None)
+        plan: Plan | None = self.plan(allowed, options)
+        while plan is not None:
+            embedding = query.embedding(plan.encoder) if plan.encoder else None
+            decision = plan.decide(embedding, query.states(plan.layers) if plan.layers else None)
+            plan = plan.after(decision)
+        return decision
 
-    def plan(self, allowed: Sequence[str], options: RouteOptions | None = None) -> Plan:
-        """Picks the rung for a query among the adapters that its caller may use; see the module.
+    def plan(self, allowed: Pool | Sequence[str], options: RouteOptions | None = None) -> Plan:
+        """Picks the rungs for a query among the adapters that its caller may use; see the module.
 
-        Raises RouterError for a candidate that is not allowed, a set larger than the engine takes, and a rung asked for
-        by name that knows none of the candidates. An empty pool is the base, not an error.
+        A `Pool` that is given again costs nothing while nothing is learnt. Raises RouterError for a candidate that is
+        not allowed, a set larger than the engine takes, and a rung asked for by name that knows none of the
+        candidates. An empty pool is the base, not an error.
         """
         started = time.perf_counter()
         options = options or RouteOptions()
         if options.top_k is not None and options.top_k > self._max_set_size:
             raise RouterError("top_k", f"is {options.top_k}, a set has at most {self._max_set_size} members")
-        pool = _pool(allowed, options)
+        pool = allowed if isinstance(allowed, Pool) else Pool(allowed)
+        rungs = self._current()
+        if options.candidates is not None:
+            pool = _restricted(pool, options.candidates)
+            stages = _stages(pool, rungs.states)
+        else:
+            stages = rungs.stages(pool)
+        if options.policy != "auto":
+            stages = _named(options.policy, pool, rungs.states)
+        elif options.threshold is not None:
+            stages = stages[:1]
+        note = "" if stages else "there is no adapter to choose from"
+        if not stages and pool.names:
+            note = f"nothing is known of the {len(pool.names)} candidates"
+        return Plan(stages, options, note, started, self._max_set_size, self._max_scores)
+
+    def _current(self) -> _Rungs:
+        """The rungs as they are now; made anew only when something was learnt."""
         known = self._known
-        rungs = _rungs(known)
-        covered = {name: tuple(filter(rung.keys.__contains__, pool)) for name, rung in rungs.items()}
-        name = _pick(pool, covered, options)
-        limits = (self._max_set_size, self._max_scores)
-        if name is None:
-            note = f"nothing is known of the {len(pool)} candidates" if pool else "there is no adapter to choose from"
-            return Plan(None, (), "", (), options, note, started, *limits, None)
-        rung = rungs[name]
-        note = _coverage(name, pool, covered[name])
-        return Plan(name, covered[name], rung.encoder, rung.modules, options, note, started, *limits, rung.source)
-
-
-@dataclass(frozen=True, slots=True)
-class _RungState:
-    """One rung at one moment: what scores, the candidates it knows, and what it needs of a query."""
-
-    source: Scorer | GallerySnapshot | WeightsScorer
-    keys: Collection[str]
-    encoder: str = ""
-    modules: tuple[str, ...] = ()
+        snapshot = None if known.gallery is None else known.gallery.snapshot()
+        rungs = self._rungs
+        if rungs.known is not known or rungs.snapshot is not snapshot:
+            self._rungs = rungs = _Rungs.of(known, snapshot)
+        return rungs
 
 
 def _check_encoder(rung: object | None, encoder: str) -> None:
@@ -280,51 +396,63 @@ def _check_encoder(rung: object | None, encoder: str) -> None:
         raise ValueError("encoder must name the encoder of the embeddings that this rung takes")
 
 
-def _rungs(known: _Known) -> dict[Rung, _RungState]:
-    """The rungs that there are, best first."""
-    found: dict[Rung, _RungState] = {}
-    if known.scorer is not None:
-        keys = frozenset(known.scorer.candidates) - known.forgotten
-        found["scores"] = _RungState(known.scorer, keys, encoder=known.scorer_encoder)
-    if known.gallery is not None:
-        snapshot = known.gallery.snapshot()
-        found["examples"] = _RungState(snapshot, snapshot.slots, encoder=known.gallery_encoder)
-    if known.weights is not None:
-        found["weights"] = _RungState(known.weights, known.weights.factors, modules=known.weights.modules)
-    return found
-
-
-def _pool(allowed: Sequence[str], options: RouteOptions) -> tuple[str, ...]:
-    """The candidates: those allowed, or those asked for, each of which must be allowed. Never the base."""
-    if options.candidates is None:
-        pool = dict.fromkeys(allowed)
-        pool.pop(BASE, None)
-        return tuple(pool)
-    permitted = set(allowed)
-    for key in options.candidates:
-        if key not in permitted:
+def _restricted(pool: Pool, candidates: Sequence[str]) -> Pool:
+    """The candidates that a request asks for, each of which must be in its caller's pool."""
+    for key in candidates:
+        if key not in pool.known:
             raise RouterError("candidates", f"there is no adapter {key!r} that you may use")
-    return tuple(dict.fromkeys(options.candidates))
+    return Pool(candidates)
 
 
-def _pick(pool: Sequence[str], covered: Mapping[Rung, Sequence[str]], options: RouteOptions) -> Rung | None:
-    """The rung that decides, by the module's rules; None where there is none and none was asked for."""
-    if options.policy != "auto":
-        if pool and not covered.get(options.policy):
-            raise RouterError("policy", f"{options.policy!r} knows none of the candidates: {_REMEDY[options.policy]}")
-        return options.policy if pool else None
+def _stages(pool: Pool, states: Mapping[Rung, _RungState]) -> tuple[_Stage, ...]:
+    """The rungs that decide for a pool, in order, by the module's rules."""
+    covered = {rung: [name for name in pool.names if name in state.places] for rung, state in states.items()}
     sizes = {rung: len(covered.get(rung, ())) for rung in RUNGS}
-    best = max(RUNGS[:2], key=lambda rung: sizes[rung])
-    if sizes[best] * 2 < len(pool):
-        best = max(RUNGS, key=lambda rung: sizes[rung])
-    return best if sizes[best] else None
+    first = max(RUNGS[:2], key=lambda rung: sizes[rung])
+    if sizes[first] * 2 < len(pool.names) and not (sizes[first] and states[first].can_abstain):
+        first = max(RUNGS, key=lambda rung: sizes[rung])
+    if not sizes[first]:
+        return ()
+    order = [first, *(rung for rung in RUNGS if rung != first and rung in states and states[rung].can_abstain)]
+    if not states[first].can_abstain:
+        order = [first]
+    left: dict[str, None] = dict.fromkeys(pool.names)
+    shares: list[tuple[Rung, list[str]]] = []
+    for rung in order:
+        names = [name for name in covered[rung] if name in left]
+        for name in names:
+            del left[name]
+        if names:
+            shares.append((rung, names))
+    note = _coverage(pool, shares, list(left))
+    return tuple(_stage(rung, states[rung], names, note if i == 0 else "") for i, (rung, names) in enumerate(shares))
 
 
-def _coverage(rung: Rung, pool: Sequence[str], covered: Sequence[str]) -> str:
-    """What the rung covers of the pool, in words, naming a few of those it does not."""
-    if len(covered) == len(pool):
-        return f"{rung} known of all {len(pool)} candidates"
-    inside = set(covered)
-    missing = [key for key in pool if key not in inside]
-    named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-    return f"{rung} known of {len(covered)} of {len(pool)} candidates, not considered: {named}"
+def _named(rung: Rung, pool: Pool, states: Mapping[Rung, _RungState]) -> tuple[_Stage, ...]:
+    """The rung that a request names, alone."""
+    names = [name for name in pool.names if name in states[rung].places] if rung in states else []
+    if not names:
+        if pool.names:
+            raise RouterError("policy", f"{rung!r} knows none of the candidates: {_REMEDY[rung]}")
+        return ()
+    left = [name for name in pool.names if name not in states[rung].places]
+    return (_stage(rung, states[rung], names, _coverage(pool, [(rung, names)], left)),)
+
+
+def _stage(rung: Rung, state: _RungState, names: Sequence[str], note: str) -> _Stage:
+    places = np.fromiter(map(state.places.__getitem__, names), np.int64, len(names))
+    note = note or f"{rung} known of {len(names)} candidates that no better rung knows"
+    return _Stage(rung, state.source, tuple(names), places, note, state.encoder, state.layers)
+
+
+def _coverage(pool: Pool, shares: Sequence[tuple[Rung, Sequence[str]]], left: Sequence[str]) -> str:
+    """What the first rung covers of the pool, in words, naming a few of those that none does."""
+    (rung, names), size = shares[0], len(pool.names)
+    if len(names) == size:
+        return f"{rung} known of all {size} candidates"
+    said = f"{rung} known of {len(names)} of {size} candidates"
+    for later, others in shares[1:]:
+        said += f", {later} of {len(others)} more"
+    if not left:
+        return said
+    return f"{said}, not considered: {', '.join(left[:_NAMED])}{', ...' if len(left) > _NAMED else ''}"

@@ -18,6 +18,7 @@ from loramux.server.settings import add_arguments, load_settings
 ROUTE, TRAIN, EVAL = "route", "route train", "route eval"
 BASE_WORD = "base"
 AT_ONCE = 64  # queries of one request
+SHOWN_MEANS = 3
 TRAIN_SETTINGS = frozenset(
     "model revision served_model_name chat_template dtype device threads max_model_len kv_cache_bytes "
     "gpu_memory_utilization attention_implementation deterministic store_dir router router_encoder router_layer "
@@ -63,7 +64,8 @@ def add_commands(
         TRAIN, help="train the scorer on a file of scores, without a server", allow_abbrev=False,
         description="Trains what routes by scores, from lines of "
         '{"query": text, "scores": {name: 0 to 1}, "group": text or absent}, and saves it as the next version in the '
-        "store, where the next start of a server with the same settings finds it. The flags are the server's own.",
+        "store, where a server with the same settings takes it up, within seconds if it is running. The flags are the "
+        "server's own.",
     )  # fmt: skip
     training.add_argument("file", metavar="FILE.jsonl", type=Path)
     training.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
@@ -244,12 +246,20 @@ def train(args: argparse.Namespace, console: Console) -> None:
     if args.json:
         console.print_json(data=made)
         return
-    table = Table("scorer", "setting", made["criterion"], box=None, pad_edge=False)
-    for entry in made["compared"]:
+    table = Table("scorer", made["criterion"], "setting", box=None, pad_edge=False)
+    for entry in _shown(made["compared"], made["chosen"]):
         failed = entry.get("failed")
-        table.add_row(entry["name"], failed or entry["setting"], "" if failed else f"{entry['estimate']:.4f}")
+        table.add_row(entry["name"], "" if failed else f"{entry['estimate']:.4f}", failed or entry["setting"])
     console.print(table)
     console.print(
         f"\n{made['chosen']} ({made['setting']}) on {made['rows']} queries is version {made['version']} in "
         f"{made['folder']}", highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _shown(compared: Sequence[dict[str, Any]], chosen: str) -> list[dict[str, Any]]:
+    """The families, then the best means of several, and the one chosen; JSON has all."""
+    single = [entry for entry in compared if "; " not in entry.get("setting", "")]
+    means = [entry for entry in compared if "; " in entry.get("setting", "")]
+    best = sorted(means, key=lambda entry: -entry["estimate"])[:SHOWN_MEANS]
+    return [*single, *(entry for entry in means if entry in best or entry["name"] == chosen)]

@@ -15,6 +15,11 @@ two-sided: a prompt goes to the side it is likelier of. With s_i = -a_i,
 
 the threshold is then the least score with p >= q, but no less than the least s_i, wherever alpha would put it: apart
 sides cost no prompt that belongs, and sides that overlap err alike. `Calibration` says how much.
+
+Outsiders are a second other side, made of the adapters' own examples: how an example scores for the likeliest of the
+*other* adapters, as a prompt would whose adapter is not there. They stand for near misses, which resemble some adapter
+more than they resemble the base. The threshold is the higher of both sides'; but adapters that are alike make outsiders
+that belong, so outsiders cost at most the share `OUTSIDER_COST` of the s_i.
 """
 
 import math
@@ -23,6 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loramux.router.interface import Floats
+
+OUTSIDER_COST = 0.25
 
 
 def examples_needed(alpha: float) -> int:
@@ -55,12 +62,14 @@ class Calibration:
     """What is known of scores of prompts that belong to some adapter, pooled over adapters; made by `calibrate`.
 
     `held_out` float32 [n] are scores of examples that took no part in what scored them; `negatives` float32 [m] are
-    scores of the base's examples, likewise. `threshold` is the least score to accept, None while it cannot be had.
+    scores of the base's examples, `outsiders` of the adapters' examples for others than their own, likewise.
+    `threshold` is the least score to accept, None while it cannot be had.
     """
 
     alpha: float
     held_out: Floats
     negatives: Floats
+    outsiders: Floats
     threshold: float | None
 
     @property
@@ -76,30 +85,40 @@ class Calibration:
     @property
     def accepted_of_base(self) -> float | None:
         """The share of the base's held-out examples at or above the threshold; None without either."""
-        if self.threshold is None or not len(self.negatives):
-            return None
-        return float((self.negatives >= self.threshold).mean())
+        return self._accepted(self.negatives)
 
-    def p_value(self, score: float) -> float:
-        """(1 + #{held-out scores <= score}) / (n + 1): small where hardly any belonging prompt scores so low."""
-        return float((1 + (self.held_out <= score).sum()) / (len(self.held_out) + 1))
+    @property
+    def accepted_of_outsiders(self) -> float | None:
+        """The share of examples for which another adapter than their own reaches the threshold; None without either."""
+        return self._accepted(self.outsiders)
+
+    def _accepted(self, scores: Floats) -> float | None:
+        if self.threshold is None or not len(scores):
+            return None
+        return float((scores >= self.threshold).mean())
 
     def describe(self) -> str:
         """The state in words: calibrated on what and how well, or what is missing."""
-        n, away, accepted = len(self.held_out), self.turned_away, self.accepted_of_base
+        n, away, accepted, others = (
+            len(self.held_out), self.turned_away, self.accepted_of_base, self.accepted_of_outsiders,
+        )  # fmt: skip
         if away is None:
             return (
                 f"uncalibrated: a threshold at level {self.alpha:g} needs {self.needed} examples of adapters that have "
                 f"two or more, there are {n}"
             )
         base = "" if accepted is None else f", {accepted:.0%} of {len(self.negatives)} examples of the base accepted"
-        return f"calibrated on {n} held-out examples: {away:.0%} of them turned away{base}"
+        missing = "" if others is None else f", {others:.0%} accepted if their adapter were not there"
+        return f"calibrated on {n} held-out examples: {away:.0%} of them turned away{missing}{base}"
 
 
-def calibrate(alpha: float, held_out: Floats, negatives: Floats) -> Calibration:
-    """The calibration at level alpha, two-sided if there are as many negatives as are needed of the others."""
+def calibrate(alpha: float, held_out: Floats, negatives: Floats, outsiders: Floats) -> Calibration:
+    """The calibration at level alpha; a side counts if there are as many of it as are needed of the held-out."""
     needed = examples_needed(alpha)
     if len(held_out) < needed:
-        return Calibration(alpha, held_out, negatives, None)
+        return Calibration(alpha, held_out, negatives, outsiders, None)
     bar = threshold(held_out, alpha) if len(negatives) < needed else crossing(held_out, negatives)
-    return Calibration(alpha, held_out, negatives, bar)
+    if len(outsiders) >= needed:
+        most = np.sort(held_out)[int(OUTSIDER_COST * len(held_out))]
+        bar = max(bar, min(crossing(held_out, outsiders), float(most)))
+    return Calibration(alpha, held_out, negatives, outsiders, bar)

@@ -64,30 +64,49 @@ def cosines(metric: Metric, queries: Floats, rows: Floats) -> Floats:
     return np.asarray((weighed @ (rows - metric.mean).T) / np.where(lengths > 0, lengths, 1), dtype=np.float32)
 
 
-def cross_scores(groups: Sequence[Floats], base: Floats, shape: Shape) -> tuple[Floats, Floats]:
-    """Cross-conformal evidence: (of adapters' examples for their own adapter, of the base's for the likeliest adapter).
+@dataclass(frozen=True, slots=True)
+class CrossScores:
+    """Cross-conformal evidence, float32 each: of adapters' examples for their `own` adapter and for the likeliest other
+    (`outsiders`, none of a single adapter), and of the `base`'s for the likeliest adapter."""
+
+    own: Floats
+    outsiders: Floats
+    base: Floats
+
+
+def cross_scores(groups: Sequence[Floats], base: Floats, shape: Shape) -> CrossScores:
+    """The scores of examples that took no part in what scores them.
 
     In fold f of F, the examples whose position within their adapter is f modulo F are held out of everything: metric,
     centroids, base. Adapters of one example give no score. Vovk 2015, "Cross-conformal predictors".
     """
     folds = min(FOLDS, max((len(g) for g in [*groups, base]), default=0))
     own: list[Floats] = []
+    outsiders: list[Floats] = []
     negative: list[Floats] = []
     for fold in range(folds):
         kept = [_without(g, fold, folds) for g in groups]
         kept_base = _without(base, fold, folds)
         metric = fit(kept, kept_base, shape)
         rows = [centroids(g, metric, shape.most) for g in kept]
+        if not rows:
+            continue
+        everyone, owners = np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
         base_rows = base_centroids(kept_base, metric, shape)
-        own += [_scores(metric, _only(g, fold, folds), r, base_rows) for g, r in zip(groups, rows, strict=True)]
-        if rows:
-            negative.append(_scores(metric, _only(base, fold, folds), np.concatenate(rows), base_rows))
-    return _joined(own), _joined(negative)
+        for place, group in enumerate(groups):
+            likeness, base_likeness = _likeness(metric, _only(group, fold, folds), everyone, base_rows)
+            mine = owners == place
+            own.append(evidence(likeness[:, mine].max(axis=1), base_likeness))
+            if len(rows) > 1:
+                outsiders.append(evidence(likeness[:, ~mine].max(axis=1), base_likeness))
+        likeness, base_likeness = _likeness(metric, _only(base, fold, folds), everyone, base_rows)
+        negative.append(evidence(likeness.max(axis=1), base_likeness))
+    return CrossScores(_joined(own), _joined(outsiders), _joined(negative))
 
 
-def _scores(metric: Metric, held: Floats, rows: Floats, base_rows: Floats) -> Floats:
-    best = cosines(metric, held, rows).max(axis=1)
-    return evidence(best, cosines(metric, held, base_rows).max(axis=1) if len(base_rows) else None)
+def _likeness(metric: Metric, held: Floats, rows: Floats, base_rows: Floats) -> tuple[Floats, Floats | None]:
+    """(cos_M with every row [n, rows], the highest with the base's [n] or None)."""
+    return cosines(metric, held, rows), cosines(metric, held, base_rows).max(axis=1) if len(base_rows) else None
 
 
 def _only(rows: Floats, fold: int, folds: int) -> Floats:

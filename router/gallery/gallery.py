@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from loramux.router.gallery.centroids import unit_rows
 from loramux.router.gallery.conformal import Calibration, calibrate
@@ -24,7 +25,6 @@ from loramux.router.gallery.crossfit import (
     Shape,
     base_centroids,
     centroids,
-    cosines,
     cross_scores,
     evidence,
     fit,
@@ -58,6 +58,7 @@ class GallerySnapshot:
     discount: Floats
     metric: Metric
     base_rows: Floats
+    base_inverse: Floats
     calibration: Calibration
     epoch: int
     used: int
@@ -74,9 +75,12 @@ class GallerySnapshot:
 
     def score(self, embeddings: Floats, keys: Sequence[str] | None = None) -> Floats:
         """float32 [n, len(keys)] of embeddings [n, dim], for all candidates or those named. KeyError for others."""
-        slots, queries = self.slots, np.asarray(embeddings, dtype=np.float32)
-        asked = slots.values() if keys is None else map(slots.__getitem__, keys)
-        wanted = np.fromiter(asked, np.int64, len(slots) if keys is None else len(keys))
+        asked = self.slots.values() if keys is None else map(self.slots.__getitem__, keys)
+        return self.score_at(embeddings, np.fromiter(asked, np.int64, len(self.slots) if keys is None else len(keys)))
+
+    def score_at(self, embeddings: Floats, wanted: npt.NDArray[np.int64]) -> Floats:
+        """`score` for the candidates in these slots: float32 [n, len(wanted)]."""
+        queries = np.asarray(embeddings, dtype=np.float32)
         weighed = self.metric.weigh(queries)
         gathered = len(wanted) * _GATHER_SHARE < self.used
         rows, inverse = (a[wanted] if gathered else a[: self.used] for a in (self.rows, self.inverse))
@@ -84,15 +88,24 @@ class GallerySnapshot:
         best = _max_of_middle(products.reshape(*inverse.shape, len(queries)))
         if not gathered:
             best = best[wanted]
-        lengths = self.metric.norms(queries)
-        likeness = np.asarray(best.T / np.where(lengths > 0, lengths, 1)[:, None], dtype=np.float32)
-        likeness -= self.discount[wanted]
-        base = self.base_likeness(queries)
-        return evidence(likeness, None if base is None else base[:, None])
+        lengths = self.metric.norms(queries)[:, None]
+        lengths = np.where(lengths > 0, lengths, 1)
+        likeness = np.asarray(best.T / lengths, dtype=np.float32) - self.discount[wanted]
+        return evidence(likeness, self._base_products(weighed) / lengths if self.knows_base else None)
 
     def base_likeness(self, embeddings: Floats) -> Floats | None:
         """max over the base's centroids of cos_M, float32 [n]; None while the base has no examples."""
-        return cosines(self.metric, embeddings, self.base_rows).max(axis=1) if self.knows_base else None
+        if not self.knows_base:
+            return None
+        queries = np.asarray(embeddings, dtype=np.float32)
+        lengths = self.metric.norms(queries)
+        best = self._base_products(self.metric.weigh(queries))[:, 0]
+        return np.asarray(best / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+
+    def _base_products(self, weighed: Floats) -> Floats:
+        """max over the base's centroids of <q, b>_M / |b|_M of weighed queries: float32 [n, 1]."""
+        products = (weighed @ (self.base_rows - self.metric.mean).T) * self.base_inverse
+        return np.asarray(products.max(axis=1, keepdims=True), dtype=np.float32)
 
 
 @dataclass(slots=True)
@@ -159,7 +172,7 @@ class Gallery:
             np.zeros(0, np.float32),
         )
         empty = np.zeros(0, np.float32)
-        self._publish({}, plain_metric(dim), self._base, calibrate(alpha, empty, empty))
+        self._publish({}, plain_metric(dim), self._base, calibrate(alpha, empty, empty, empty))
 
     @property
     def dim(self) -> int:
@@ -193,13 +206,14 @@ class Gallery:
             self._groups = sampled(self._groups)
             self._change(new, (), base_changed=base is not None)
 
-    def remove(self, key: str) -> None:
-        """Takes a candidate out, or the base's examples; a key that is not there is ignored."""
+    def remove(self, *keys: str) -> None:
+        """Takes candidates out, or the base's examples; keys that are not there are ignored."""
         with self._lock:
-            if key == BASE:
+            if BASE in keys:
                 self._base = self._base[:0]
-            self._groups.pop(key, None)
-            self._change({}, (key,), base_changed=key == BASE)
+            for key in keys:
+                self._groups.pop(key, None)
+            self._change({}, keys, base_changed=BASE in keys)
 
     def refit(self) -> None:
         """Fits metric and calibration now, where `put` would have put it off (large galleries)."""
@@ -269,10 +283,10 @@ class Gallery:
         metric = fit(groups, self._base, self._shape)
         self._write(slots, {**{k: _Entry(g, "examples") for k, g in self._groups.items()}, **new}, metric)
         self._measure(metric)
-        held_out, negatives = cross_scores(groups, self._base, self._shape)
+        found = cross_scores(groups, self._base, self._shape)
         self._fitted = dict(self._groups)
         base_rows = base_centroids(self._base, metric, self._shape)
-        self._publish(slots, metric, base_rows, calibrate(self._alpha, held_out, negatives))
+        self._publish(slots, metric, base_rows, calibrate(self._alpha, found.own, found.base, found.outsiders))
 
     def _is_stale(self) -> bool:
         """Whether the sample has changed, and is small or has changed much."""
@@ -311,7 +325,8 @@ class Gallery:
         matrix = self._matrix
         self._epoch += 1
         arrays = (matrix.rows, matrix.inverse, matrix.discount)
-        self._snapshot = GallerySnapshot(slots, *arrays, metric, base_rows, calibration, self._epoch, matrix.used)
+        base = (base_rows, _inverse(metric.norms(base_rows)))
+        self._snapshot = GallerySnapshot(slots, *arrays, metric, *base, calibration, self._epoch, matrix.used)
         self._alive.add(self._snapshot)
 
 

@@ -78,6 +78,21 @@ def fit_metric(groups: Sequence[Floats], dim: int, shrinkage: float = SHRINKAGE)
     return Metric(mean, directions.astype(np.float32), damping.astype(np.float32))
 
 
+def whitening(rows: Floats, shrinkage: float) -> Metric:
+    """The metric of one set of rows [n, dim]: mu' is their mean, S their covariance.
+
+    `Metric.whiten` then gives (S / lambda + I)^(-1/2) (x - mu'), lambda = shrinkage * trace(S) / dim.
+    """
+    mean = np.asarray(rows.mean(axis=0), dtype=np.float32)
+    residuals = (rows - mean).astype(np.float64)
+    spread = float((residuals**2).sum()) / len(rows)
+    if spread < _NO_SPREAD:
+        return replace(plain_metric(rows.shape[1]), mean=mean)
+    variances, directions = _principal(residuals / np.sqrt(len(rows)))
+    damping = variances / (variances + shrinkage * spread / rows.shape[1])
+    return Metric(mean, directions.astype(np.float32), damping.astype(np.float32))
+
+
 def _principal(rows: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The largest eigenvalues of rows^T rows, and their vectors as rows, by the smaller of the two Gram matrices."""
     n, dim = rows.shape

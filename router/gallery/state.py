@@ -12,7 +12,7 @@ from loramux.router.gallery.crossfit import Shape
 from loramux.router.gallery.metric import Metric
 from loramux.router.interface import Floats
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class GalleryState:
             "sample": np.concatenate([empty, *self.groups.values()]),
             "calibration.held_out": self.calibration.held_out,
             "calibration.negatives": self.calibration.negatives,
+            "calibration.outsiders": self.calibration.outsiders,
         }
         info = {
             "version": VERSION,
@@ -81,6 +82,7 @@ class GalleryState:
             "sample": (sum(sizes.values()), dim),
             "calibration.held_out": free,
             "calibration.negatives": free,
+            "calibration.outsiders": free,
         }
         for name, wanted in expected.items():
             found = arrays.get(name)
@@ -97,5 +99,5 @@ class GalleryState:
             Metric(arrays["metric.mean"], arrays["metric.directions"], arrays["metric.damping"]),
             arrays["base"],
             dict(zip(sizes, parts, strict=True)),
-            calibrate(alpha, arrays["calibration.held_out"], arrays["calibration.negatives"]),
+            calibrate(alpha, *(arrays[f"calibration.{part}"] for part in ("held_out", "negatives", "outsiders"))),
         )

@@ -5,9 +5,7 @@ higher is better; candidates that were not tried are left out; the key "" is the
 data set are means over groups, so that a group of many queries does not outweigh one of few.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +61,6 @@ class ScoredQuery:
             )
         return cls(**value)
 
-    def to_json(self) -> bytes:
-        """The line, ending in a newline."""
-        value: dict[str, Any] = {"query": self.query, "scores": dict(self.scores)}
-        if self.group:
-            value["group"] = self.group
-        return json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass") + b"\n"
-
 
 def read_scores(path: Path) -> list[ScoredQuery]:
     """The rows of a JSON-lines file; blank lines are skipped. Raises DatasetError naming file and line."""
@@ -86,45 +77,6 @@ def read_scores(path: Path) -> list[ScoredQuery]:
     except OSError as error:
         raise DatasetError(f"{path.name} cannot be read: {error.strerror}") from error
     return rows
-
-
-class FeedbackLog:
-    """Scores that arrive one by one, appended to a JSON-lines file. One writer at a time.
-
-    A line is durable when `append` returns. A line cut short by a crash is dropped at the next `append` or `read`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, rows: Iterable[ScoredQuery]) -> None:
-        """Adds the rows and makes them durable."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                file.seek(0)
-                file.truncate(_whole_lines(file.read()))
-            file.write(b"".join(row.to_json() for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read(self) -> list[ScoredQuery]:
-        """All rows in the order they came; none when nothing was ever appended. Raises DatasetError naming the line."""
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        rows = []
-        for number, line in enumerate(data[: _whole_lines(data)].splitlines(keepends=True), 1):
-            try:
-                rows.append(ScoredQuery.from_json(line))
-            except DatasetError as error:
-                raise DatasetError(f"{self.path.name}, line {number}: {error}; remove the line") from error
-        return rows
-
-
-def _whole_lines(data: bytes) -> int:
-    """Length in bytes up to and including the last newline."""
-    return data.rfind(b"\n") + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +141,12 @@ def build_table(rows: Sequence[ScoredQuery], embeddings: Floats, candidates: Seq
     """The table of rows and their queries' embeddings [len(rows), dim].
 
     `candidates` picks and orders the columns; None takes all that occur, sorted. Rows without any of them are left out.
-    Raises DatasetError when nothing is left or the lengths differ.
+    Raises DatasetError when there are none, when nothing is left, or when the lengths differ.
     """
     if len(rows) != len(embeddings):
         raise DatasetError(f"{len(rows)} queries and {len(embeddings)} embeddings")
+    if not rows:
+        raise DatasetError("there are no scored queries")
     keys = tuple(sorted({c for row in rows for c in row.scores}) if candidates is None else candidates)
     scores = np.array([[row.scores.get(c, math.nan) for c in keys] for row in rows], np.float64).reshape(len(rows), -1)
     names = {name: i for i, name in enumerate(sorted({row.group for row in rows}))}

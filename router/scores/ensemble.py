@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loramux.router.interface import Floats, Scorer
+from loramux.router.interface import Floats, GrowingScorer, Scorer
+from loramux.router.scores.dataset import Doubles
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,28 @@ class Ensemble:
         """float32 [n, candidates]; differences between candidates in units of the members' spread."""
         parts = [aligned(member, embeddings, self.candidates) for member in self.members]
         return combine(parts, self.scales)
+
+    def update(self, embeddings: Floats, scores: Doubles, candidates: Sequence[str]) -> "Ensemble":
+        """With more scored queries in every member; the scales stay. Raises TypeError where a member cannot grow."""
+        return Ensemble(tuple(growing(m).update(embeddings, scores, candidates) for m in self.members), self.scales)
+
+    def without(self, candidates: Sequence[str]) -> "Ensemble":
+        """Without these candidates. Raises TypeError where a member cannot grow."""
+        return Ensemble(tuple(growing(m).without(candidates) for m in self.members), self.scales)
+
+
+def growing(scorer: Scorer) -> GrowingScorer:
+    """The scorer as one that takes in more scored queries. Raises TypeError for one that has to be trained again."""
+    if not isinstance(scorer, GrowingScorer):
+        raise TypeError(f"a {type(scorer).__name__} has to be trained again")
+    return scorer
+
+
+def can_grow(scorer: Scorer) -> bool:
+    """Whether `update` and `without` work, in every member of an ensemble."""
+    if isinstance(scorer, Ensemble):
+        return all(map(can_grow, scorer.members))
+    return isinstance(scorer, GrowingScorer)
 
 
 def combine(parts: Sequence[Floats], scales: Sequence[float]) -> Floats:

@@ -11,7 +11,7 @@ features keep the rows instead, which is smaller, and solve the dual, which is t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +20,9 @@ import numpy.typing as npt
 from loramux.router.interface import Floats
 from loramux.router.scores.dataset import Doubles, ScoreTable
 from loramux.router.scores.features import Memberships, Partition
+
+Solution = tuple[Doubles, Doubles]
+"""Weights [d, c] and intercepts [c] of c candidates."""
 
 _GROUP_ALPHA = 1.0
 
@@ -150,15 +153,16 @@ class RidgeStatistics:
             raise ValueError("alpha must be above 0")
         if not self.groups:
             raise ValueError("no candidate has a score yet")
-        solved = [group.sums.solve(alpha) for group in self.groups]
-        return np.concatenate([w for w, _ in solved], 1), np.concatenate([b for _, b in solved])
+        return joined([group.sums.solve(alpha) for group in self.groups])
 
     def _extend(self, group: Group, x: Doubles, scores: Doubles, column: Mapping[str, int]) -> list[Group]:
-        """The group with its candidates' new rows, split where they were scored on different ones."""
+        """The group with its candidates' new rows, split where they were scored on different ones; itself if none."""
         parts: dict[bytes, list[int]] = {}
         for j, candidate in enumerate(group.candidates):
             known = ~np.isnan(scores[:, column[candidate]]) if candidate in column else np.zeros(len(x), bool)
             parts.setdefault(known.tobytes(), []).append(j)
+        if len(parts) == 1 and not any(next(iter(parts))):
+            return [group]
         result = []
         for pattern, members in parts.items():
             known = np.frombuffer(pattern, bool)
@@ -179,11 +183,20 @@ class Ridge:
     statistics: RidgeStatistics
     alpha: float
     features: Memberships | None = None
+    known: InitVar[Mapping[int, Solution] | None] = None
+    solutions: Mapping[int, Solution] = field(init=False, repr=False)
     weights: Doubles = field(init=False)
     intercepts: Doubles = field(init=False)
 
-    def __post_init__(self) -> None:
-        weights, intercepts = self.statistics.solve(self.alpha)
+    def __post_init__(self, known: Mapping[int, Solution] | None) -> None:
+        """Solves the groups that are not `known` (by their identity, of the same alpha)."""
+        if not self.alpha > 0:
+            raise ValueError("alpha must be above 0")
+        if not self.statistics.groups:
+            raise ValueError("no candidate has a score yet")
+        solved = {id(g): (known or {}).get(id(g)) or g.sums.solve(self.alpha) for g in self.statistics.groups}
+        weights, intercepts = joined(list(solved.values()))
+        object.__setattr__(self, "solutions", solved)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "intercepts", intercepts)
 
@@ -201,13 +214,21 @@ class Ridge:
         return (_mapped(embeddings, self.features) @ self.weights + self.intercepts).astype(np.float32)
 
     def update(self, embeddings: Floats, scores: Doubles, candidates: Sequence[str]) -> "Ridge":
-        """With more scored queries, or new candidates; equal to a fit on all rows. See `RidgeStatistics.add`."""
+        """With more scored queries, or new candidates; equal to a fit on all rows. See `RidgeStatistics.add`.
+
+        Only groups with new rows are solved again.
+        """
         added = self.statistics.add(_mapped(embeddings, self.features), scores, candidates)
-        return Ridge(added, self.alpha, self.features)
+        return Ridge(added, self.alpha, self.features, self.solutions)
 
     def without(self, candidates: Sequence[str]) -> "Ridge":
         """Without these candidates. Raises ValueError when none is left."""
         return Ridge(self.statistics.without(candidates), self.alpha, self.features)
+
+
+def joined(solutions: Sequence[Solution]) -> Solution:
+    """Solutions of several groups of candidates as one."""
+    return np.concatenate([w for w, _ in solutions], 1), np.concatenate([b for _, b in solutions])
 
 
 def collect(table: ScoreTable, features: Memberships | None = None) -> RidgeStatistics:

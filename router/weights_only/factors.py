@@ -1,4 +1,6 @@
-"""What is kept of an adapter's matrices for routing: small factors F with |F x| = |s B A x|, computed once."""
+"""What is kept of an adapter's matrices for routing: small factors of s B A = U S V^T, computed once."""
+
+from typing import Literal
 
 import numpy as np
 import torch
@@ -6,6 +8,8 @@ from torch import Tensor
 
 from loramux.kernels.lora.interface import ModuleWeights
 from loramux.router.interface import Floats
+
+Method = Literal["balanced", "norm", "arrow"]
 
 
 def norm_factor(pair: ModuleWeights, rank: int | None = None) -> Floats:
@@ -24,6 +28,17 @@ def norm_factor(pair: ModuleWeights, rank: int | None = None) -> Floats:
     return np.ascontiguousarray(rows.to(torch.float32).numpy())
 
 
+def balanced_factor(pair: ModuleWeights, rank: int | None = None) -> Floats:
+    """S^(1/2) V^T float32 [min(rank, r, in, out), in]: what A would be if A and B had equal shares of the product.
+
+    Between the norm, where one strong direction drowns the others, and the plain subspace V^T, where noise counts as
+    much as what was learnt. Zero rows stay zero.
+    """
+    rows = norm_factor(pair, rank)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.sqrt(np.where(lengths > 0, lengths, 1)), dtype=np.float32)
+
+
 def arrow_factor(pair: ModuleWeights) -> Floats:
     """v^T float32 [1, in], v the top right singular vector of B A: |v^T x| = |<x, v>| (Arrow, arXiv 2405.11157).
 
@@ -32,6 +47,13 @@ def arrow_factor(pair: ModuleWeights) -> Floats:
     top = norm_factor(pair, rank=1)
     length = np.linalg.norm(top)
     return np.asarray(top / length if length > 0 else top, dtype=np.float32)
+
+
+def factor(pair: ModuleWeights, method: Method, rank: int | None) -> Floats:
+    """The factor of a method, of at most `rank` rows (None: all)."""
+    if method == "arrow":
+        return arrow_factor(pair)
+    return norm_factor(pair, rank) if method == "norm" else balanced_factor(pair, rank)
 
 
 def exact_norms(pair: ModuleWeights, x: Tensor) -> Tensor:

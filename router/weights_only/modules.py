@@ -1,7 +1,7 @@
-"""Which modules' inputs are looked at."""
+"""Where the router looks: the projections that read a layer's attention input, of a few layers."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 ATTENTION_INPUTS = frozenset(
@@ -9,22 +9,21 @@ ATTENTION_INPUTS = frozenset(
 )
 
 
-def default_modules(modules: Iterable[str], layers: int = 4) -> tuple[str, ...]:
-    """The query, key and value projections of up to `layers` layers spread over the middle half of the model.
+def default_layers(layers: int, most: int = 4) -> tuple[int, ...]:
+    """The middles of `most` equal stretches of the model's layers (all of them where there are no more), ascending."""
+    count = min(layers, most)
+    return tuple((2 * i + 1) * layers // (2 * count) for i in range(count))
 
-    One hidden state per layer feeds all three, so few need to be kept; most adapters touch at least one of them. The
-    first layers see words rather than tasks and the last prepare the next token: on the demo the middle half routes
-    best. Where no such projection is named (other architectures), all modules of those layers. Sorted by layer, name.
+
+def attention_inputs(modules: Iterable[str], layers: Sequence[int]) -> Mapping[str, int]:
+    """The modules that read the attention input of one of these layers, by name, with their layer.
+
+    One hidden state per layer feeds query, key and value projections, so little needs to be computed for a prompt, and
+    nearly every adapter touches at least one of them.
     """
-    named = list(modules)
-    by_layer: dict[int, list[str]] = {}
-    for module in named:
-        found = _LAYER.search(module)
-        if found:
-            by_layer.setdefault(int(found[1]), []).append(module)
-    order = sorted(by_layer)
-    middle = order[len(order) // 4 : max(len(order) - len(order) // 4, 1)]
-    step = max(len(middle) / max(layers, 1), 1)
-    chosen = [m for i in range(min(layers, len(middle))) for m in sorted(by_layer[middle[int(i * step)]])]
-    attention = [m for m in chosen if m.rpartition(".")[2] in ATTENTION_INPUTS]
-    return tuple(attention or chosen or sorted(named))
+    found = {}
+    for module in sorted(modules):
+        match = _LAYER.search(module)
+        if match and int(match[1]) in layers and module.rpartition(".")[2] in ATTENTION_INPUTS:
+            found[module] = int(match[1])
+    return found

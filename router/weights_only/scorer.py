@@ -1,137 +1,184 @@
 """How strongly each adapter would act on a prompt, made comparable across adapters.
 
-For a module with factor F and the prompt's inputs x_1..x_T (tokens of the frozen base, no adapter applied):
+For a module with factor F and the prompt's whitened inputs w_1..w_T (states of the frozen base, no adapter applied;
+see `reference`):
 
-    raw   = sqrt(mean over t of |F x_t|^2)
+    raw   = sqrt(mean over t of |F w_t|^2)
     score = mean over the adapter's modules of  (raw - centre) / spread
 
-"norm" takes F = S V^T, so |F x_t| = |s B A x_t| (SpectR, SEQR); "arrow" takes F = v^T, the top right singular vector.
-Norms differ between adapters for reasons that have nothing to do with the prompt (rank, scale, length of training), so
-each is calibrated: with a reference (the base's inputs on prompts of no particular task), centre and spread are the
-mean and standard deviation of raw over the reference's prompts, in the manner of SEQR's offline norm calibration;
-without one, centre = 0 and spread = |F|_F sqrt(mean |x_t|^2 / in), what inputs without a direction would give.
+"balanced" takes F = S^(1/2) V^T of s B A = U S V^T; "norm" F = S V^T (SpectR, SEQR); "arrow" the top right singular
+vector. Norms differ between adapters for reasons that have nothing to do with the prompt (rank, scale, length of
+training), so each is calibrated: centre and spread are the mean and standard deviation of raw over the reference's
+prompts, in the manner of SEQR's offline norm calibration.
 
 Root mean square over tokens, because the words that tell a task are few and large responses are theirs; plain mean over
 modules, because calibrated scores have one unit.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from loramux.kernels.lora.interface import ModuleWeights
 from loramux.router.interface import Floats
-from loramux.router.weights_only.factors import arrow_factor, norm_factor
+from loramux.router.weights_only.factors import Method, factor
+from loramux.router.weights_only.modules import attention_inputs
+from loramux.router.weights_only.reference import Reference
 
-Method = Literal["norm", "arrow"]
+RANK = 4
+ACCEPTED = 0.2  # of the base's own examples, at most so many may go to an adapter that is known by its weights alone
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterFactors:
+    """What is kept of one adapter: per module (layer, F [rows, in], centre, spread); `reference_scores` [prompts]."""
+
+    modules: tuple[tuple[int, Floats, float, float], ...]
+    reference_scores: Floats
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the factors in a scorer, which holds them a second time, stacked."""
+        return 2 * sum(rows.nbytes for _, rows, _, _ in self.modules)
+
+    @classmethod
+    def of(
+        cls, weights: Mapping[str, ModuleWeights], reference: Reference, method: Method = "balanced", rank: int = RANK
+    ) -> "AdapterFactors | None":
+        """Of an adapter's matrices; None for one that does nothing where the router looks.
+
+        Left out are modules of another width than the states, of a zero product, and those whose response never differs
+        on the reference.
+        """
+        modules = []
+        scores = np.zeros(len(reference.starts))
+        for module, layer in attention_inputs(weights, reference.layers).items():
+            if weights[module].A.shape[1] != reference.tokens[layer].shape[1]:
+                continue
+            rows = factor(weights[module], method, rank)
+            raw = _raw(reference.tokens[layer], rows, reference.starts)
+            spread = float(raw.std())
+            if spread > 0:
+                modules.append((layer, rows, float(raw.mean()), spread))
+                scores += (raw - raw.mean()) / spread
+        return cls(tuple(modules), np.asarray(scores / len(modules), np.float32)) if modules else None
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Inputs of every module on reference prompts: float32 [tokens, in] each, one entry per prompt, in one order."""
-
-    prompts: tuple[Mapping[str, Floats], ...]
-
-    def __post_init__(self) -> None:
-        if len(self.prompts) < 2:
-            raise ValueError("a reference needs at least two prompts, or there is no spread")
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleFactor:
-    """One module's F float32 [rows, in], with its calibration; `length` is |F|_F."""
+class _Stack:
+    """One layer: F of all modules of all adapters one below the other; per module where it starts, and its numbers."""
 
     rows: Floats
-    length: float
-    centre: float
-    spread: float
+    starts: npt.NDArray[np.int64]
+    owners: npt.NDArray[np.int64]
+    centres: Floats
+    spreads: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightsScorer:
-    """The adapters' factors at one moment. Immutable: `with_adapter` and `without` give another one.
+    """The adapters' factors at one moment. Immutable: `with_adapters` and `without` give another one.
 
-    `modules` are those looked at (`default_modules`), `rank` bounds a factor's rows (None: all), `reference`
-    calibrates; `factors` maps key -> module -> factor, zero factors left out. An adapter that touches none of the
-    modules is no candidate. The scores rank adapters; they do not tell whether any fits: on the demo the best score is
-    hardly higher for prompts of the adapters than for the base's own (AUROC 0.6), so there is no threshold here.
+    The scores rank adapters; that none fits they tell badly, see `threshold`.
     """
 
-    modules: tuple[str, ...]
-    method: Method = "norm"
-    rank: int | None = None
-    reference: Reference | None = None
-    factors: Mapping[str, Mapping[str, ModuleFactor]] = field(default_factory=dict)
+    reference: Reference
+    adapters: Mapping[str, AdapterFactors] = field(default_factory=dict)
+    places: Mapping[str, int] = field(init=False)
+    bytes: int = field(init=False)
+    _stacks: Mapping[int, _Stack] = field(init=False)
+    _modules: npt.NDArray[np.int64] = field(init=False)
+    _reference_scores: Floats = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.method not in ("norm", "arrow"):
-            raise ValueError(f"method must be norm or arrow, got {self.method!r}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not self.modules:
-            raise ValueError("modules must name at least one module")
+        stacks = {layer: _stacked(layer, list(self.adapters.values())) for layer in self.reference.layers}
+        counts = [len(a.modules) for a in self.adapters.values()]
+        kept = [a.reference_scores for a in self.adapters.values()]
+        values: dict[str, object] = {
+            "places": {key: place for place, key in enumerate(self.adapters)},
+            "bytes": sum(a.bytes for a in self.adapters.values()),
+            "_stacks": {layer: stack for layer, stack in stacks.items() if stack is not None},
+            "_modules": np.asarray(counts, np.int64),
+            "_reference_scores": np.stack(kept) if kept else np.zeros((0, len(self.reference.starts)), np.float32),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Adapters that touch at least one of the modules."""
-        return tuple(self.factors)
+        """Adapters that do something where the router looks."""
+        return tuple(self.adapters)
 
-    def with_adapter(self, key: str, weights: Mapping[str, ModuleWeights]) -> "WeightsScorer":
-        """This scorer and one more adapter, or another one under the same key; without it if it touches no module."""
-        found: dict[str, ModuleFactor] = {}
-        for module in self.modules:
-            if module in weights:
-                pair = weights[module]
-                rows = arrow_factor(pair) if self.method == "arrow" else norm_factor(pair, self.rank)
-                factor = self._calibrated(module, rows)
-                if factor is not None:
-                    found[module] = factor
-        if not found:
-            return self.without(key)
-        return replace(self, factors={**self.factors, key: found})
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Whose states a query needs."""
+        return self.reference.layers
 
-    def without(self, key: str) -> "WeightsScorer":
-        """This scorer without an adapter; itself if there is none of that key."""
-        if key not in self.factors:
+    def with_adapters(self, new: Mapping[str, AdapterFactors]) -> "WeightsScorer":
+        """This scorer and more adapters, or others under the same keys. Copies all factors once."""
+        return WeightsScorer(self.reference, {**self.adapters, **new})
+
+    def without(self, keys: Iterable[str]) -> "WeightsScorer":
+        """This scorer without these adapters; itself if there are none of these keys."""
+        gone = set(keys) & self.adapters.keys()
+        if not gone:
             return self
-        return replace(self, factors={k: f for k, f in self.factors.items() if k != key})
+        return WeightsScorer(self.reference, {k: f for k, f in self.adapters.items() if k not in gone})
 
-    def score(self, features: Mapping[str, Floats], keys: Sequence[str] | None = None) -> Floats:
-        """float32 [candidates] (or [len(keys)]) of one prompt's inputs: module -> [tokens, in]. Higher is better.
+    def score_at(self, states: Mapping[int, Floats], places: npt.NDArray[np.int64]) -> Floats:
+        """float32 [len(places)] of one prompt's states: layer -> [tokens, in], as the base computed them.
 
-        -inf for an adapter none of whose modules is in `features`. KeyError for a key that is no candidate.
+        Higher is better; -inf for an adapter none of whose layers is in `states`. One product per layer, over the
+        factors of all adapters.
         """
-        chosen = self.candidates if keys is None else keys
-        return np.asarray([_score(self.factors[key], features) for key in chosen], dtype=np.float32)
+        total, count = np.zeros(len(self.adapters)), np.zeros(len(self.adapters))
+        for layer, w in self.reference.whiten(states).items():
+            stack = self._stacks.get(layer)
+            if stack is None or not len(w):
+                continue
+            raw = np.sqrt(np.add.reduceat(((w @ stack.rows.T) ** 2).mean(axis=0), stack.starts))
+            scores = (raw - stack.centres) / stack.spreads
+            total += np.bincount(stack.owners, scores, len(total))
+            count += np.bincount(stack.owners, minlength=len(count))
+        found = np.where(count > 0, total / np.maximum(count, 1), -math.inf)
+        return np.asarray(found[places], dtype=np.float32)
 
-    def _calibrated(self, module: str, rows: Floats) -> ModuleFactor | None:
-        """The module's factor, or None for one that is zero or, on the reference, never differs."""
-        length = float(np.linalg.norm(rows))
-        if length == 0:
+    def threshold(self, places: npt.NDArray[np.int64]) -> float | None:
+        """The score above which at most the share `ACCEPTED` of the base's own examples have their best of these.
+
+        None where the reference is of no base's. The share is of the examples that calibrate the scores, so other
+        prompts of the base reach it a little more often.
+        """
+        if not self.reference.own or not len(places):
             return None
-        if self.reference is None:
-            return ModuleFactor(rows, length, 0.0, math.nan)
-        raw = [_raw(rows, prompt[module]) for prompt in self.reference.prompts if module in prompt]
-        if len(raw) < 2 or np.std(raw) == 0:
-            return None
-        return ModuleFactor(rows, length, float(np.mean(raw)), float(np.std(raw)))
+        best = np.sort(self._reference_scores[places].max(axis=0))
+        allowed = int(ACCEPTED * len(best))
+        return float(np.nextafter(best[len(best) - 1 - allowed], np.float32(math.inf)))
+
+    def describe(self) -> str:
+        """Where the threshold is from."""
+        return f"reached by {ACCEPTED:.0%} of the {len(self.reference.starts)} examples of the base"
 
 
-def _raw(rows: Floats, x: Floats) -> float:
-    return float(np.sqrt(((x @ rows.T) ** 2).sum(axis=1).mean()))
+def _stacked(layer: int, adapters: list[AdapterFactors]) -> _Stack | None:
+    found = [(place, m) for place, adapter in enumerate(adapters) for m in adapter.modules if m[0] == layer]
+    if not found:
+        return None
+    lengths = [len(rows) for _, (_, rows, _, _) in found]
+    return _Stack(
+        np.concatenate([rows for _, (_, rows, _, _) in found]),
+        np.cumsum([0, *lengths[:-1]]),
+        np.asarray([place for place, _ in found], np.int64),
+        np.asarray([centre for _, (_, _, centre, _) in found], np.float32),
+        np.asarray([spread for _, (_, _, _, spread) in found], np.float32),
+    )
 
 
-def _score(modules: Mapping[str, ModuleFactor], features: Mapping[str, Floats]) -> float:
-    scores = []
-    for module, factor in modules.items():
-        x = features.get(module)
-        if x is None or not len(x):
-            continue
-        spread = factor.spread
-        if math.isnan(spread):
-            spread = factor.length * float(np.sqrt((x**2).sum(axis=1).mean() / x.shape[1]))
-        scores.append((_raw(factor.rows, x) - factor.centre) / spread if spread > 0 else 0.0)
-    return sum(scores) / len(scores) if scores else -math.inf
+def _raw(tokens: Floats, rows: Floats, starts: tuple[int, ...]) -> npt.NDArray[np.float64]:
+    """raw of every prompt: float64 [prompts], of the prompts' tokens one after another."""
+    squares = ((tokens @ rows.T) ** 2).sum(axis=1, dtype=np.float64)
+    lengths = np.diff([*starts, len(squares)])
+    return np.asarray(np.sqrt(np.add.reduceat(squares, starts) / lengths))

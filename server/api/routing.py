@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loramux.adapters_store.errors import AdapterNotFound
+from loramux.adapters_store.names import address_of
 from loramux.router.interface import BASE
 from loramux.router.options import RouterError
 from loramux.router.policy import Decision
@@ -15,7 +17,9 @@ from loramux.server.api.auto.ledger import LedgerError
 from loramux.server.api.auto.reports import options_of, refused, report_of
 from loramux.server.api.auto.scoring import BASE_WORD, as_routed
 from loramux.server.api.auto.service import RouterService
+from loramux.server.api.caller import From
 from loramux.server.api.errors import APIError, bad_request, model_not_found, unavailable
+from loramux.server.api.resolve import addressed
 from loramux.server.api.schemas.routing import (
     FeedbackRequest,
     FeedbackTaken,
@@ -43,15 +47,17 @@ SCORES_SCHEMA = {
 
 
 @router.post("/v1/route", response_model=RouteList)
-async def route(body: RouteRequest, state: State) -> Response:
-    """Which adapters would serve each input, with scores and reasons (unless `explain` is false), nothing generated."""
+async def route(body: RouteRequest, state: State, caller: From) -> Response:
+    """Which adapters would serve each input, with scores, and reasons unless `explain` is false; generates nothing."""
     service = state.require_router()
     options = options_of(body.router)
+    if options.candidates is not None:
+        options = replace(options, candidates=tuple(map(caller.key_at, options.candidates)))
     explain = body.router is None or body.router.explain is not False
-    salt = body.cache_salt or ""
+    salt = caller.salt(body.cache_salt or "")
 
     async def one(query: str) -> Decision:
-        return await service.decide(query, options, salt=salt)
+        return addressed(await service.decide(query, options, tenant=caller.tenant, salt=salt), caller.tenant)
 
     try:
         decisions = await asyncio.gather(*(one(query) for query in body.queries))
@@ -76,14 +82,14 @@ async def router_state(state: State) -> Response:
 
 
 @router.post("/v1/feedback", response_model=FeedbackTaken)
-async def feedback(body: FeedbackRequest, state: State) -> Response:
-    """Keeps one opinion of how well an adapter answered a query; training turns them into the scores rung."""
+async def feedback(body: FeedbackRequest, state: State, caller: From) -> Response:
+    """Keeps one opinion of how well an adapter answered a query, and counts it at once where the scorer can grow."""
     service = state.require_router()
     served: tuple[str, ...] | None = None
     if (body.request_id is None) == (body.input is None):
         raise bad_request("Send either `request_id` or `input`.", "input" if body.request_id else "request_id")
     if body.request_id is not None:
-        found = service.recall(_plain_id(body.request_id))
+        found = service.recall(caller.remembered(_plain_id(body.request_id)))
         if found is None:
             raise APIError(
                 404, f"The request {body.request_id!r} is not remembered (any longer); send its text as `input`.",
@@ -93,7 +99,7 @@ async def feedback(body: FeedbackRequest, state: State) -> Response:
     else:
         text = body.input or ""
     if body.adapter is not None:
-        key = await _key_of(state, body.adapter)
+        key = await _key_of(state, body.adapter, caller.tenant)
     elif served is not None and len(served) <= 1:
         key = served[0] if served else BASE
     else:
@@ -102,8 +108,9 @@ async def feedback(body: FeedbackRequest, state: State) -> Response:
         row = as_routed(ScoredQuery(text, {key: body.score}, body.group or ""), ())
     except DatasetError as error:
         raise bad_request(f"{error}.", "input", "invalid_value") from None
-    await _keep(service, [row])
-    taken = FeedbackTaken(object="feedback", adapter=key or state.settings.base_name, score=body.score)
+    learnt = await _keep(service, [row])
+    name = address_of(key, caller.tenant) if key else state.settings.base_name
+    taken = FeedbackTaken(object="feedback", adapter=name, score=body.score, learnt=learnt)
     return Response(taken.json_text(), media_type=JSON)
 
 
@@ -113,7 +120,7 @@ async def upload_scores(request: Request, state: State) -> Response:
     service = state.require_router()
     data = await request.body()
     rows = await asyncio.to_thread(_rows_of, data)
-    words = {state.settings.base_name} | (set() if service.knows(BASE_WORD) else {BASE_WORD})
+    words = {*state.settings.base_names} | (set() if service.knows(BASE_WORD) else {BASE_WORD})
     rows = [as_routed(row, words) for row in rows]
     named = {name for row in rows for name in row.scores} - {BASE}
     unknown = sorted(name for name in named if not service.knows(name))
@@ -138,10 +145,10 @@ async def train(body: TrainRequest, state: State) -> Response:
     return Response(answer.json_text(), status_code=202, media_type=JSON)
 
 
-async def _keep(service: RouterService, rows: Sequence[ScoredQuery]) -> None:
-    """Adds to the scores. Raises a 503 when the disk refuses."""
+async def _keep(service: RouterService, rows: Sequence[ScoredQuery]) -> bool:
+    """Adds to the scores; whether they count already. Raises a 503 when the disk refuses."""
     try:
-        await service.scores.add(rows)
+        return await service.scores.add(rows)
     except LedgerError as error:
         raise unavailable(f"The {error}.", code="scores_not_kept", retry_after=RETRY_SECONDS) from error
 
@@ -153,12 +160,12 @@ def _plain_id(id: str) -> str:
     return id
 
 
-async def _key_of(state: ServerState, name: str) -> str:
-    """The candidate that a client means. Raises a 404 for neither the base nor an adapter."""
-    if name == state.settings.base_name:
+async def _key_of(state: ServerState, name: str, tenant: str) -> str:
+    """The candidate that a client of this tenant means. Raises a 404 for neither the base nor an adapter."""
+    if name in state.settings.base_names:
         return BASE
     try:
-        return (await state.in_store(state.store.resolve, name)).name
+        return (await state.in_store(state.store.resolve, name, tenant=tenant)).key
     except AdapterNotFound:
         if name == BASE_WORD:
             return BASE

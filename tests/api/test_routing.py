@@ -2,21 +2,35 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from api.harness import BASE, END, MODULES, TEMPLATE, Bench, byte_tokenizer, in_process, make_bench, sse
+from api.harness import (
+    BASE,
+    END,
+    TEMPLATE,
+    WIDTH,
+    Bench,
+    adapter_files,
+    byte_tokenizer,
+    in_process,
+    make_bench,
+    parts,
+    sse,
+)
+from safetensors.numpy import load, save
 
-from loramux.kernels.lora.interface import ModuleWeights
-from loramux.router.weights_only import WeightsScorer
+from loramux.router.options import RouteOptions, RouterError
 from loramux.server.api.auto.base_states import BaseStates, base_identity
 from loramux.server.api.auto.parts import RouterSetupError, read_examples
+from loramux.server.api.auto.service import RouterService
 from loramux.server.api.rendering import Renderer
-from loramux.server.engine.protocol import EngineError, EngineInfo
+from loramux.server.engine.protocol import EngineError, EngineInfo, PoolingParams
 
 pytestmark = pytest.mark.anyio
 
@@ -65,8 +79,8 @@ async def route(bench: Bench, text: Any = QUERY, **router: Any) -> Any:
 
 @pytest.fixture
 async def taught(tmp_path: Path) -> AsyncIterator[Bench]:
-    """A server with two skills and the base's own examples."""
-    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+    """A server with two skills and the base's own examples; adapters without texts are known by nothing."""
+    async with in_process(make_bench(tmp_path, base_examples=TALK, router_weights_bytes=0)) as bench:
         await ready(bench)
         await teach(bench, "spell", SPELL, 1)
         await teach(bench, "sum", SUM, 2)
@@ -81,7 +95,8 @@ async def test_the_right_adapter_answers(taught: Bench) -> None:
         assert body["model"] == "auto"
         assert body["loramux"]["adapters"] == [{"name": name, "version": 1, "weight": 1.0}]
         report = body["loramux"]["router"]
-        assert set(report) == {"chosen", "rung", "threshold", "abstained", "milliseconds"}
+        assert set(report) == {"chosen", "rung", "threshold", "abstained", "milliseconds", "scores"}
+        assert report["scores"][0]["name"] == name
         assert (report["chosen"], report["rung"]) == ([{"name": name, "weight": 1.0}], "examples")
         assert report["abstained"] is False
         assert report["milliseconds"] > 0
@@ -228,14 +243,15 @@ async def test_route_takes_texts_and_conversations(taught: Bench) -> None:
     assert [[m["name"] for m in d["chosen"]] for d in decisions] == [["spell"], ["sum"], []]
     assert all(d["rung"] == "examples" and d["scores"] and d["reason"] for d in decisions)
     (short,) = await route(taught, explain=False)
-    assert "scores" not in short
+    assert [s["name"] for s in short["scores"]] == ["spell", "sum"]
     assert "reason" not in short
     assert len(taught.engine.requests) == before
     for wrong in ({}, {"input": []}, {"input": ["a", 3]}, {"input": ["a"] * 129}, {"input": "a", "model": "b"}):
         assert (await taught.client.post("/v1/route", json=wrong)).status_code == 400
 
 
-async def test_nothing_known_is_the_base_with_a_reason(bench: Bench) -> None:
+async def test_nothing_known_is_the_base_with_a_reason(make: Callable[..., Any]) -> None:
+    bench = await make(router_weights_bytes=0)
     for count in (0, 1):
         if count:
             assert "x-loramux-router" not in (await bench.upload("silent")).headers
@@ -290,6 +306,47 @@ async def test_a_restart_knows_the_same_without_embedding_again(tmp_path: Path) 
     assert [s["name"] for s in after[0]["scores"]] == ["spell", "sum"]
     assert after[0]["chosen"] == before[0]["chosen"]
     assert after[0]["scores"][0]["score"] == pytest.approx(before[0]["scores"][0]["score"], abs=1e-5)
+
+
+async def test_a_restart_notices_what_has_changed(tmp_path: Path) -> None:
+    """The gallery was saved at the end; what was changed behind it is embedded, removed or kept as it must be."""
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await ready(bench)
+        for seed, (name, examples) in enumerate((("spell", SPELL), ("sum", SUM), ("gone", TALK), ("mute", TALK))):
+            await teach(bench, name, examples, seed)
+    made = make_bench(tmp_path, base_examples=[*TALK, NOBODYS])
+    made.store.delete("gone")
+    made.store.update("mute", examples=None)
+    made.store.update("sum", examples=["Add two and two", *SUM])
+    async with in_process(made) as bench:
+        await ready(bench)
+        texts = {
+            bytes(t for t in probe.prompt_token_ids if t < 256).decode()
+            for probe in bench.engine.probes
+            if probe.request_id.startswith("probe-")
+        }
+        assert {"Add two and two", NOBODYS} <= texts
+        assert not texts & {*SPELL, *SUM, *TALK}
+        (decision,) = await route(bench, threshold=-10)
+        assert [s["name"] for s in decision["scores"]] == ["spell", "sum"]
+    (folder,) = (tmp_path / "store" / "router" / "gallery").glob("v*2")
+    (folder / "gallery.safetensors").write_bytes(b"")
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await ready(bench)
+        (again,) = await route(bench, threshold=-10)
+        assert [s["name"] for s in again["scores"]] == ["spell", "sum"]
+
+
+async def test_embeddings_go_with_their_adapter(taught: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "store" / "router" / "embeddings.sqlite3"
+
+    def kept() -> int:
+        with closing(sqlite3.connect(path)) as database:
+            return int(database.execute("SELECT count(*) FROM rows").fetchone()[0])
+
+    assert kept() == len(SPELL) + len(SUM) + len(TALK)
+    await taught.client.delete("/v1/adapters/sum")
+    assert kept() == len(SPELL) + len(TALK)
 
 
 async def test_auto_says_what_it_waits_for(tmp_path: Path) -> None:
@@ -355,17 +412,45 @@ async def test_texts_that_cannot_be_embedded_keep_nobody_else_out(tmp_path: Path
         assert [s["name"] for s in decision["scores"]] == ["spell"]
 
 
-async def test_an_adapter_that_is_gone_before_its_lease(taught: Bench) -> None:
-    taught.store.delete("spell")  # behind the server's back: the router does not hear of it
+async def test_an_adapter_that_is_gone_before_its_lease(taught: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = taught.state.router
+    assert service is not None
+    decide, doomed = service.decide, ["spell", "sum"]
+
+    async def then_delete(*args: Any, **kwargs: Any) -> Any:
+        """The decision, after which what it chose is deleted behind the server's back."""
+        decision = await decide(*args, **kwargs)
+        for name, _ in decision.chosen:
+            if name in doomed:
+                doomed.remove(name)
+                taught.store.delete(name)
+        return decision
+
+    monkeypatch.setattr(RouterService, "decide", lambda self, *args, **kwargs: then_delete(*args, **kwargs))
+    doomed.remove("sum")
     response = await taught.chat(
         model="auto", router={"threshold": -10, "explain": True}, messages=[{"role": "user", "content": QUERY}]
     )
     assert response.json()["loramux"]["adapters"][0]["name"] == "sum"
     assert (await taught.client.get("/v1/router")).json()["adapters"]["registered"] == 1
-    taught.store.delete("sum")
+    doomed.append("sum")
     response = await taught.chat(model="auto", router={"threshold": -10}, messages=[{"role": "user", "content": QUERY}])
     assert response.json()["loramux"]["adapters"] == []
     assert taught.leases() == {}
+
+
+async def test_what_the_store_lost_is_no_candidate_of_a_tenants(taught: Bench) -> None:
+    service = taught.state.router
+    assert service is not None
+    options = RouteOptions(threshold=-10)
+    for _ in range(2):
+        decision = await service.decide(QUERY, options, tenant="default")
+        assert [name for name, _ in decision.scores] == ["spell", "sum"]
+    taught.store.delete("spell")  # the router does not hear of it: the store's generation says it
+    assert [name for name, _ in (await service.decide(QUERY, options, tenant="default")).scores] == ["sum"]
+    assert (await service.decide(QUERY, options, tenant="stranger")).rung == "none"
+    with pytest.raises(RouterError, match="there is no adapter 'sum' that you may use"):
+        await service.decide(QUERY, RouteOptions(candidates=("sum",)), tenant="stranger")
 
 
 async def test_choices_while_adapters_come_and_go(taught: Bench) -> None:
@@ -406,33 +491,160 @@ async def test_ranks_are_bounded(tmp_path: Path) -> None:
         assert (await bench.client.get("/v1/router")).json()["adapters"]["registered"] == 0
 
 
-class Inputs:
-    """Every prompt's states are one direction, which one adapter's matrix answers to."""
+def files_along(axis: int) -> dict[str, bytes]:
+    """An adapter that responds to one axis of the states, and a little to all."""
+    files = adapter_files(axis)
+    tensors = load(files["adapter_model.safetensors"])
+    for name in tensors:
+        if "lora_A" in name:
+            tensors[name] = np.stack([np.eye(WIDTH)[axis], np.full(WIDTH, 0.01)]).astype(np.float32)
+        else:
+            tensors[name] = np.eye(WIDTH, 2, dtype=np.float32)
+    return {**files, "adapter_model.safetensors": save(tensors)}
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, tuple[str, ...], str]] = []
 
-    async def inputs(self, text: str, modules: Sequence[str], salt: str) -> dict[str, Any]:
-        self.asked.append((text, tuple(modules), salt))
-        return {module: np.eye(1, 8, 3, dtype=np.float32) for module in modules}
+async def silently(bench: Bench, name: str, axis: int, **fields: str) -> None:
+    """Uploads an adapter along an axis that nobody described."""
+    response = await bench.client.post("/v1/adapters", data={"name": name, **fields}, files=parts(files_along(axis)))
+    assert response.status_code == 201, response.text
 
 
-async def test_the_weights_rung_knows_what_nothing_else_does(bench: Bench) -> None:
-    await started(bench)
-    scorer = WeightsScorer((MODULES[0],), method="arrow")
-    for seed, name in enumerate(("a", "b")):
-        await bench.upload(name, seed)
-        pair = ModuleWeights(A=torch.eye(8)[2 + seed][None], B=torch.ones(8, 1), scale=1.0)
-        scorer = scorer.with_adapter(name, {MODULES[0]: pair})
-    inputs = Inputs()
-    assert bench.state.router is not None
-    bench.state.router.use_weights(scorer, inputs)
-    response = await bench.chat(model="auto", cache_salt="s", messages=[{"role": "user", "content": "what now"}])
-    assert response.json()["loramux"]["adapters"][0]["name"] == "b"
+async def weighed(bench: Bench, count: int) -> Any:
+    """Waits until so many adapters are known by their weights; the rung's state."""
+    for _ in range(2000):
+        rung = (await bench.client.get("/v1/router")).json()["rungs"]["weights"]
+        if rung["adapters"] == count and not rung["pending"]:
+            return rung
+        await asyncio.sleep(0.005)
+    raise AssertionError(rung)
+
+
+ABC = "abc abc abc"  # bytes 97, 98, 99: of axes 1, 2 and 3 modulo eight
+
+
+async def test_adapters_that_nobody_described_are_known_by_their_weights(bench: Bench) -> None:
+    await silently(bench, "one", 1)
+    await silently(bench, "five", 5)
+    rung = await weighed(bench, 2)
+    assert rung["calibration"].startswith("calibrated on 32 everyday prompts")
+    response = await bench.chat(
+        model="auto", cache_salt="s", router={"explain": True}, messages=[{"role": "user", "content": "aaaaaaaaaa"}]
+    )
+    served = response.json()["loramux"]
+    assert served["adapters"][0]["name"] == "one"
     assert response.headers["x-loramux-router-rung"] == "weights"
-    assert inputs.asked == [("what now", (MODULES[0],), "s")]
-    await bench.client.delete("/v1/adapters/b")
-    assert (await route(bench))[0]["chosen"] == [{"name": "a", "weight": 1.0}]
+    assert [s["name"] for s in served["router"]["scores"]] == ["one", "five"]
+    assert "cannot tell that none fits" in served["router"]["reason"]
+    probe = bench.engine.probes[-1]
+    assert probe.salt == "s"
+    assert probe.pooling == PoolingParams((0,), len(probe.prompt_token_ids) - 1)  # all but the first token
+    await bench.client.delete("/v1/adapters/one")
+    assert (await route(bench, ABC))[0]["chosen"] == [{"name": "five", "weight": 1.0}]
+    assert (await weighed(bench, 1))["bytes"] == rung["bytes"] // 2
+
+
+async def test_choices_by_weights_while_adapters_come_and_go(bench: Bench) -> None:
+    await silently(bench, "stays", 1)
+    await weighed(bench, 1)
+
+    async def churn() -> None:
+        for axis in range(8):
+            await silently(bench, "comes", axis)
+            await bench.client.delete("/v1/adapters/comes")
+
+    async def ask() -> set[tuple[int, str]]:
+        found = set()
+        while not done.is_set():
+            response = await bench.chat(model="auto", messages=[{"role": "user", "content": ABC}])
+            found.add((response.status_code, response.headers["x-loramux-router-rung"]))
+        return found
+
+    done = asyncio.Event()
+    asking = [asyncio.create_task(ask()) for _ in range(3)]
+    await churn()
+    done.set()
+    assert set.union(*await asyncio.gather(*asking)) == {(200, "weights")}
+    await bench.client.delete("/v1/adapters/stays")
+    assert (await route(bench, ABC))[0]["reason"] == "there is no adapter to choose from"
+    assert (await weighed(bench, 0))["pending"] == 0
+    assert bench.leases() == {}
+
+
+async def test_a_new_version_is_known_by_its_own_weights(bench: Bench) -> None:
+    await silently(bench, "a", 1)
+    await silently(bench, "b", 5)
+    await weighed(bench, 2)
+    assert (await route(bench, "aaaaaaaaaa"))[0]["chosen"][0]["name"] == "a"
+    await silently(bench, "a", 6)
+    await silently(bench, "b", 1)
+    await weighed(bench, 2)
+    assert (await route(bench, "aaaaaaaaaa"))[0]["chosen"][0]["name"] == "b"
+
+
+async def test_examples_are_asked_before_weights(tmp_path: Path) -> None:
+    """Those that nobody described get what the calibrated examples leave to the base, if their weights respond."""
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await ready(bench)
+        await teach(bench, "spell", SPELL + [text.lower() for text in SPELL], 1)
+        await teach(bench, "sum", SUM, 2)
+        await silently(bench, "silent", 1)
+        assert "examples of the base" in (await weighed(bench, 1))["calibration"]
+        (decision,) = await route(bench)
+        assert (decision["rung"], decision["chosen"][0]["name"]) == ("examples", "spell")
+        assert "examples known of 2 of 3 candidates, weights of 1 more" in decision["reason"]
+        (decision,) = await route(bench, "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa")
+        assert (decision["rung"], decision["chosen"][0]["name"]) == ("weights", "silent"), decision
+        (decision,) = await route(bench, NOBODYS)
+        assert (decision["rung"], decision["chosen"]) == ("examples", [])
+        (decision,) = await route(bench, policy="weights", threshold=-10)
+        assert [s["name"] for s in decision["scores"]] == ["silent"]
+        patched = await bench.client.patch("/v1/adapters/silent", json={"description": "About nothing at all"})
+        assert patched.headers["x-loramux-router"] == "ready"
+        assert (await weighed(bench, 0))["adapters"] == 0
+        assert (await route(bench))[0]["reason"].endswith("examples known of all 3 candidates")
+
+
+async def test_the_weights_rung_is_bounded(tmp_path: Path) -> None:
+    async with in_process(make_bench(tmp_path)) as bench:
+        await silently(bench, "a", 1)
+        size = (await weighed(bench, 1))["bytes"]
+    async with in_process(make_bench(tmp_path, router_weights_bytes=2 * size + 1)) as bench:
+        for axis, name in enumerate("bcd"):
+            await silently(bench, name, axis)
+        rung = await weighed(bench, 2)
+        assert (rung["left_out"], rung["bytes"]) == (2, 2 * size)
+        (decision,) = await route(bench, ABC)
+        assert "weights known of 2 of 4 candidates, not considered: " in decision["reason"]
+        for gone in decision["scores"]:
+            await bench.client.delete(f"/v1/adapters/{gone['name']}")
+        assert (await weighed(bench, 2))["left_out"] == 0
+    async with in_process(make_bench(tmp_path, router_weights_bytes=0)) as bench:
+        await started(bench)
+        assert (await route(bench, ABC))[0]["rung"] == "none"
+        assert not bench.engine.probes
+
+
+async def test_weights_that_cannot_be_read_keep_nobody_else_out(tmp_path: Path) -> None:
+    made = make_bench(tmp_path)
+    digest = made.put("bad", 1).digest
+    made.put("good", 2)
+    path = made.store.blob_dir / digest.replace(":", "-")
+    path.write_bytes(b"\0" * path.stat().st_size)
+    async with in_process(made) as bench:
+        rung = await weighed(bench, 1)
+        assert rung["failed"] == ["bad"]
+        assert [s["name"] for s in (await route(bench, ABC))[0]["scores"]] == ["good"]
+
+
+async def test_weights_wait_for_an_engine_that_fails(tmp_path: Path) -> None:
+    made = make_bench(tmp_path)
+    made.put("a", 1)
+    made.engine.probe_error = EngineError("busy")
+    async with in_process(made) as bench:
+        while not bench.engine.probes:
+            await asyncio.sleep(0.001)
+        made.engine.probe_error = None
+        await weighed(bench, 1)
 
 
 @pytest.mark.parametrize(
@@ -469,11 +681,8 @@ def test_wide_states_are_projected_and_keep_their_differences() -> None:
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     assert projected @ projected.T == pytest.approx(unit @ unit.T, abs=0.05)
     assert np.linalg.norm(projected, axis=1) == pytest.approx(np.ones(20), abs=1e-5)
-    request = states.request("y" * 10_000, "id", "salt")
-    assert request is not None
-    assert len(request.prompt_token_ids) == 32
-    assert request.pooling is not None
-    assert request.pooling.layers == (3,)
+    assert len(states.prompts.tokens("y" * 10_000)) == 32
+    assert states.pooling.layers == (3,)
     names = {
         BaseStates.of(info, renderer, identity, layer=layer, max_tokens=tokens).name
         for identity, layer, tokens in (("x", None, 32), ("y", None, 32), ("x", 2, 32), ("x", None, 64))

@@ -6,14 +6,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from api.harness import BASE, Bench, in_process, make_bench
 from api.test_routing import QUERY, SPELL, SUM, TALK, ready, route, teach
 
+from loramux.router import artifacts
 from loramux.router.interface import BASE as BASE_KEY
 from loramux.router.scores.dataset import ScoredQuery
+from loramux.router.scores.knn import Neighbours
 from loramux.server.api.auto.ledger import LedgerError, ScoreLedger
 from loramux.server.api.auto.recent import RecentRequests, Served
+from loramux.server.api.auto.scoring import MIN_NEW
 
 pytestmark = pytest.mark.anyio
 
@@ -22,8 +26,8 @@ USER = [{"role": "user", "content": QUERY}]
 
 @pytest.fixture
 async def taught(tmp_path: Path) -> AsyncIterator[Bench]:
-    """A server with two skills and the base's own examples."""
-    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+    """A server with two skills and the base's own examples; adapters without texts are known by nothing."""
+    async with in_process(make_bench(tmp_path, base_examples=TALK, router_weights_bytes=0)) as bench:
         await ready(bench)
         await teach(bench, "spell", SPELL, 1)
         await teach(bench, "sum", SUM, 2)
@@ -43,7 +47,7 @@ def kept(bench: Bench) -> list[ScoredQuery]:
 async def test_feedback_on_a_request(taught: Bench) -> None:
     routed = await taught.chat(model="auto", messages=USER)
     status, body = await say(taught, request_id=routed.json()["id"], score=1)
-    assert (status, body) == (200, {"object": "feedback", "adapter": "spell", "score": 1.0})
+    assert (status, body) == (200, {"object": "feedback", "adapter": "spell", "score": 1.0, "learnt": False})
     status, _ = await say(taught, request_id=routed.headers["x-request-id"], score=0.5, adapter="sum")
     assert status == 200
     plain = await taught.complete(prompt="Who are you?")
@@ -154,6 +158,98 @@ async def test_training_makes_a_rung_that_lasts(tmp_path: Path) -> None:
         assert {name for row in kept(bench) for name in row.scores} == {"spell", BASE_KEY}
 
 
+def opposite() -> list[str]:
+    """Scores that say the opposite of the examples, so that it shows which of the two decides."""
+    rows = [{"query": q, "scores": {"spell": 0, "sum": 1, "base": 0.5}} for q in SPELL]
+    rows += [{"query": q, "scores": {"spell": 1, "sum": 0, "base": 0.5}} for q in SUM]
+    return [json.dumps(row) for row in rows]
+
+
+async def learn_opposite(bench: Bench) -> None:
+    await ready(bench)
+    await teach(bench, "spell", SPELL, 1)
+    await teach(bench, "sum", SUM, 2)
+    await bench.client.post("/v1/router/scores", content="\n".join(opposite()))
+    await bench.client.post("/v1/router/train", json={"seed": 3})
+    assert (await trained(bench))["training"]["status"] == "done"
+
+
+async def test_feedback_counts_at_once_and_after_a_restart(tmp_path: Path) -> None:
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        state = await trained(bench)
+        assert (state["scorer"]["can_grow"], state["scorer"]["rows_since_training"]) == (True, 0)
+        (before,) = await route(bench, policy="scores", threshold=-10)
+        assert before["chosen"][0]["name"] == "sum"
+        for number in range(12):
+            query = f"Spell the word river{number} backwards"
+            for adapter, score in (("spell", 1), ("sum", 0)):
+                assert (await say(bench, input=query, adapter=adapter, score=score))[1]["learnt"] is True
+        (after,) = await route(bench, policy="scores", threshold=-10)
+        assert after["chosen"][0]["name"] == "spell"
+        assert (await trained(bench))["scorer"]["rows_since_training"] == 24
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await ready(bench)
+        (again,) = await route(bench, policy="scores", threshold=-10)
+        assert again["chosen"][0]["name"] == "spell"
+        for one, other in zip(after["scores"], again["scores"], strict=True):
+            assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+        await bench.client.post("/v1/router/train", json={"seed": 3})
+        state = await trained(bench)
+        assert (state["scorer"]["version"], state["scorer"]["rows_since_training"]) == (2, 0)
+        assert state["scorer"]["rows"] == 28
+
+
+async def test_a_new_adapter_needs_some_opinions(tmp_path: Path) -> None:
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        await teach(bench, "rhyme", ["Find words that rhyme with moon", "What rhymes with cat?"], 3)
+        for number in range(MIN_NEW):
+            _, answer = await say(bench, input=f"Which word rhymes with {number}?", adapter="rhyme", score=1)
+            (decision,) = await route(bench, policy="scores", threshold=-10)
+            known = "rhyme" in [s["name"] for s in decision["scores"]]
+            assert answer["learnt"] == known == (number == MIN_NEW - 1)
+        await bench.client.delete("/v1/adapters/rhyme")
+        await teach(bench, "rhyme", ["Find words that rhyme with moon", "What rhymes with cat?"], 4)
+        (decision,) = await route(bench, policy="scores", threshold=-10)
+        assert "rhyme" not in [s["name"] for s in decision["scores"]]
+        assert (await say(bench, input="What rhymes with sea?", adapter="rhyme", score=1))[1]["learnt"] is False
+        assert (await say(bench, input=QUERY, adapter="sum", score=1))[1]["learnt"] is True
+
+
+async def test_many_scores_are_taken_in_behind_the_answer(tmp_path: Path) -> None:
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        rows = [json.dumps({"query": f"{QUERY} {i}", "scores": {"spell": 1, "sum": 0}}) for i in range(40)]
+        assert (await bench.client.post("/v1/router/scores", content="\n".join(rows))).status_code == 200
+        while (await trained(bench))["scorer"]["rows_since_training"] != 40:
+            await asyncio.sleep(0.005)
+        (decision,) = await route(bench, policy="scores", threshold=-10)
+        assert decision["chosen"][0]["name"] == "spell"
+
+
+async def test_a_newer_version_is_used_whoever_trained_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loramux.server.api.auto.scoring.WATCH_SECONDS", 0.01)
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        folder = tmp_path / "store" / "router" / "scorers"
+        found = artifacts.load(folder)
+        turned = Neighbours(np.zeros((10, found.dim), np.float32), np.tile([0.2, 0.9, 0.1], (10, 1)),
+                            (BASE_KEY, "spell", "sum"), 3, 0.1)  # fmt: skip
+        artifacts.save(folder, artifacts.Artifact(turned, found.encoder, found.dim))
+        while (await trained(bench))["scorer"]["version"] != 2:
+            await asyncio.sleep(0.005)
+        (decision,) = await route(bench)
+        assert (decision["rung"], decision["chosen"][0]["name"]) == ("scores", "spell")
+        artifacts.save(folder, artifacts.Artifact(turned, "another", found.dim))
+        while not (state := await trained(bench))["training"]["error"]:
+            await asyncio.sleep(0.005)
+        assert state["scorer"]["version"] == 2
+        assert "trained on embeddings of another" in state["training"]["error"]
+        (decision,) = await route(bench)
+        assert decision["rung"] == "scores"
+
+
 async def test_a_scorer_of_another_encoder_is_not_used(tmp_path: Path) -> None:
     made = make_bench(tmp_path)
     folder = tmp_path / "store" / "router" / "scorers" / "v000001"
@@ -182,12 +278,12 @@ def test_the_ledger_is_bounded_and_durable(tmp_path: Path) -> None:
     ledger.add([ScoredQuery("left", {"a": 1, "b": 0.5}), ScoredQuery("gone", {"b": 1})])
     with pytest.raises(AttributeError):
         ledger.add([ScoredQuery("half", {"a": 1}), None])  # type: ignore[list-item]
-    ledger.forget("b")
+    ledger.forget("b", 3)
     again = ScoreLedger(path, max_bytes=100)  # as after a kill: nobody closed the first
-    assert again.rows(["a", "b"]) == [ScoredQuery("left", {"a": 1.0})]
-    assert again.forgotten() == ["b"]
-    again.trained(["b"])
-    assert again.forgotten() == []
+    assert again.rows(["a", "b"]) == again.rows(["a", "b"], fresh=True) == [ScoredQuery("left", {"a": 1.0})]
+    assert (again.retired(3), again.retired(4)) == (["b"], [])
+    again.forget("b", 2)
+    assert again.retired(3) == ["b"]
     again.close()
     ledger.close()
     path.write_bytes(b"no database " * 1000)

@@ -1,6 +1,5 @@
 """The router's benchmark end to end on invented files: what it prints, that nothing is chosen on test data."""
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -11,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support.encoders import save_encoder
+from support.scripts import benchmark_script
 
 from loramux.router.scores.dataset import ScoreTable
 from loramux.router.scores.families import NeighboursFamily, RidgeFamily, RouterDCFamily
 from loramux.router.scores.routerdc import RouterDCOptions
 from loramux.router.scores.select import select
 
-FOLDER = str(Path(__file__).parents[2] / "benchmarks")
-NAMES = ("report", "router_scores", "router")
 QUICK = (RidgeFamily(), NeighboursFamily((5,), (0.1,)), RouterDCFamily((RouterDCOptions(steps=50),)))
 TASKS = ("mmlu_{}", "gsm8k-{}", "cmmlu_{}", "arc_challenge_{}", "humaneval_{}")
 
@@ -38,17 +36,9 @@ def write(folder: Path, *, test_scores: float) -> None:
 
 @pytest.fixture
 def router() -> Iterator[ModuleType]:
-    """benchmarks/router.py as `python benchmarks/router.py` imports it; the path and the short names are put back."""
-    before = {name: sys.modules.pop(name, None) for name in NAMES}
-    sys.path.insert(0, FOLDER)
-    try:
-        yield importlib.import_module("router")
-    finally:
-        sys.path.remove(FOLDER)
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
+    """benchmarks/router.py."""
+    with benchmark_script("router") as module:
+        yield module
 
 
 @pytest.mark.parametrize("test_scores", [0.9, 0.0])
@@ -67,8 +57,8 @@ def test_it_prints_an_object_per_rung_and_holds_the_bar(
     monkeypatch.setattr(router.router_scores, "select", lambda t, given=QUICK, **options: select(t, given, **options))
     monkeypatch.setattr(
         sys, "argv",
-        ["router.py", str(tmp_path), "--seeds", "2", "--threads", "1", "--encoder", str(encoder), "--out", str(out),
-         "--plot", str(plot), "--cache", str(tmp_path / "cache.sqlite")],
+        ["router.py", str(tmp_path), "--sections", "scores", "--seeds", "2", "--threads", "1",
+         "--encoder", str(encoder), "--out", str(out), "--plot", str(plot), "--cache", str(tmp_path / "cache.sqlite")],
     )  # fmt: skip
     code = router.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]

@@ -91,3 +91,29 @@ def test_a_ninth_adapter_is_routed_at_once_and_not_after_its_end(server: LiveSer
     httpx.delete(server.url + "/v1/adapters/syllables", timeout=60).raise_for_status()
     (decision,) = httpx.post(server.url + "/v1/route", json=body, timeout=60).json()["data"]
     assert "syllables" not in [s["name"] for s in decision["scores"]]
+
+
+def test_adapters_that_nobody_described_are_told_apart_by_their_weights(server: LiveServer) -> None:
+    """Much better than chance, and no more is claimed."""
+    url = server.url + "/v1/adapters"
+    texts = {a["name"]: a["examples"] for a in httpx.get(url, params={"limit": 100}, timeout=60).json()["data"]}
+    for name in texts:
+        silent = {"examples": None, "description": None}
+        httpx.patch(f"{url}/{name}", json=silent, timeout=60).raise_for_status()
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            state = httpx.get(server.url + "/v1/router", timeout=60).json()["rungs"]
+            if state["weights"]["adapters"] == len(texts) and not state["weights"]["pending"]:
+                break
+            time.sleep(0.1)
+        rng = Random(23)
+        asked = [(s.name, ask(s, rng, "train", held_out=True).prompt) for s in adapter_skills() for _ in range(8)]
+        body = {"input": [prompt for _, prompt in asked], "router": {"policy": "weights", "threshold": -1000}}
+        decisions = httpx.post(server.url + "/v1/route", json=body, timeout=120).json()["data"]
+        assert {decision["rung"] for decision in decisions} == {"weights"}
+        right = sum(d["chosen"][0]["name"] == name for d, (name, _) in zip(decisions, asked, strict=True))
+        assert right >= 0.4 * len(asked)
+    finally:
+        for name, examples in texts.items():
+            httpx.patch(f"{url}/{name}", json={"examples": examples}, timeout=60).raise_for_status()

@@ -10,10 +10,11 @@ import pytest
 from support.encoders import clustered_table
 
 from loramux.router.artifacts import Artifact, ArtifactError, load, save, versions
-from loramux.router.encoders.ngram import NgramEncoder
-from loramux.router.interface import Scorer
+from loramux.router.gallery import Gallery
+from loramux.router.gallery.saved import SavedGallery, load_gallery, save_gallery
+from loramux.router.interface import BASE, Scorer
 from loramux.router.scores.clusters import fit_clusters
-from loramux.router.scores.ensemble import Ensemble
+from loramux.router.scores.ensemble import Ensemble, aligned, can_grow, growing
 from loramux.router.scores.knn import Neighbours
 from loramux.router.scores.ridge import Ridge, RidgeStatistics
 from loramux.router.scores.routerdc import RouterDC
@@ -57,6 +58,23 @@ def test_a_ridge_goes_on_learning_after_a_round_trip(tmp_path: Path) -> None:
     assert grown.score(TABLE.embeddings) == pytest.approx(Ridge.fit(TABLE, 1.0).score(TABLE.embeddings), abs=1e-6)
 
 
+def test_what_can_grow_grows_after_a_round_trip_and_the_rest_says_so(tmp_path: Path) -> None:
+    part, rest = TABLE.rows(np.arange(40)), TABLE.rows(np.arange(40, 60))
+    grows = Ensemble((Ridge.fit(part, 1.0), Neighbours.fit(part, 5, 0.1)), (0.1, 0.2))
+    save(tmp_path, Artifact(grows, "enc", 12))
+    loaded = load(tmp_path).scorer
+    assert can_grow(loaded)
+    grown = growing(loaded).update(rest.embeddings, rest.scores, rest.candidates)
+    whole = Ensemble((Ridge.fit(TABLE, 1.0), Neighbours.fit(TABLE, 5, 0.1)), (0.1, 0.2))
+    assert aligned(grown, TABLE.embeddings, TABLE.candidates) == pytest.approx(whole.score(TABLE.embeddings), abs=1e-4)
+    assert set(growing(grown).without(["c0"]).candidates) == {"c1", "c2", "c3"}
+    head = RouterDC(TABLE.candidates, KEYS, PROJECTION, 1.0)
+    for stays in (head, Ensemble((Ridge.fit(TABLE, 1.0), head), (1.0, 1.0))):
+        assert not can_grow(stays)
+    with pytest.raises(TypeError, match="RouterDC has to be trained again"):
+        growing(head)
+
+
 def test_versions_are_numbered_and_kept(tmp_path: Path) -> None:
     folder = tmp_path / "router"
     assert versions(folder) == []
@@ -92,7 +110,7 @@ def test_what_an_interrupted_save_left_is_no_version_and_goes_in_time(tmp_path: 
 
 def test_a_number_taken_meanwhile_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, Artifact(Ridge.fit(TABLE, 1.0), "enc", 12))
-    monkeypatch.setattr("loramux.router.artifacts.versions", lambda _: [])
+    monkeypatch.setattr("loramux.router.versions.Versions.numbers", lambda self: [])
     assert save(tmp_path, Artifact(Ridge.fit(TABLE, 2.0), "enc", 12)) == 2
     assert not list(tmp_path.glob(".new-*"))
 
@@ -152,10 +170,11 @@ def test_a_candidate_less_than_there_are_columns_is_noticed(tmp_path: Path) -> N
 
 
 def test_another_encoder_is_refused() -> None:
-    encoder = NgramEncoder(dim=12)
-    Artifact(Ridge.fit(TABLE, 1.0), encoder.name, 12).check_encoder(encoder)
-    with pytest.raises(ArtifactError, match=r"trained on embeddings of enc \(12 numbers\).*train again"):
-        Artifact(Ridge.fit(TABLE, 1.0), "enc", 12).check_encoder(encoder)
+    artifact = Artifact(Ridge.fit(TABLE, 1.0), "enc", 12)
+    artifact.check_encoder("enc", 12)
+    for name, dim in (("other", 12), ("enc", 13)):
+        with pytest.raises(ArtifactError, match=r"trained on embeddings of enc \(12 numbers\).*train again"):
+            artifact.check_encoder(name, dim)
 
 
 def test_only_known_scorers_are_saved(tmp_path: Path) -> None:
@@ -168,3 +187,54 @@ def test_only_known_scorers_are_saved(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="Other cannot be saved"):
         save(tmp_path, Artifact(Other(), "enc", 12))
     assert list(tmp_path.iterdir()) == []
+
+
+def gallery() -> Gallery:
+    made = Gallery(12)
+    made.put_many(
+        (name, rows + 0.1, "examples") for name, rows in zip("abc", np.split(TABLE.embeddings, 3), strict=True)
+    )
+    made.put("described", TABLE.embeddings[:1], "description")
+    made.put(BASE, TABLE.embeddings[:30] - 0.2)
+    return made
+
+
+def test_a_gallery_comes_back_with_the_same_scores_and_texts(tmp_path: Path) -> None:
+    made = gallery()
+    texts = {"a": "1", "b": "2", "c": "3", "described": "4", BASE: "5"}
+    assert load_gallery(tmp_path / "none", "enc") is None
+    for number in (1, 2, 3):
+        assert save_gallery(tmp_path, SavedGallery(made.state(), "enc", texts)) == number
+    assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["v000002", "v000003"]
+    found = load_gallery(tmp_path, "enc")
+    assert found is not None
+    assert found.texts == texts
+    before, after = made.snapshot(), Gallery.from_state(found.state).snapshot()
+    assert after.candidates == before.candidates
+    np.testing.assert_array_equal(after.score(TABLE.embeddings), before.score(TABLE.embeddings))
+    assert after.calibration.threshold == before.calibration.threshold
+    assert after.calibration.describe() == before.calibration.describe()
+    assert load_gallery(tmp_path, "another encoder") is None
+
+
+def test_a_damaged_gallery_is_named(tmp_path: Path) -> None:
+    place = tmp_path / f"v{save_gallery(tmp_path, SavedGallery(gallery().state(), 'enc', {})):06d}"
+    value = json.loads((place / "gallery.json").read_text())
+    for damage in ({"gallery": {}}, {"gallery": {**value["gallery"], "keys": []}}, {"texts": None}, {"format": 9}):
+        (place / "gallery.json").write_text(json.dumps({**value, **damage}))
+        with pytest.raises(ArtifactError, match=r"v000001: .*let the server make another"):
+            load_gallery(tmp_path, "enc")
+    (place / "gallery.safetensors").write_bytes(b"")
+    (place / "gallery.json").write_text(json.dumps(value))
+    with pytest.raises(ArtifactError, match="is not the file"):
+        load_gallery(tmp_path, "enc")
+
+
+def test_the_same_scorer_has_the_same_bytes(tmp_path: Path) -> None:
+    for name, scorer in scorers().items():
+        for copy in ("one", "two"):
+            save(tmp_path / name / copy, Artifact(scorer, "enc", 12, {"seed": 1}))
+        one, two = (
+            [f.read_bytes() for f in sorted((tmp_path / name / c / "v000001").iterdir())] for c in ("one", "two")
+        )
+        assert one == two

@@ -1,6 +1,8 @@
 """The embedding cache: each text once, nothing stale, bounded memory, a file that survives and is shared."""
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +87,48 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
         EmbeddingCache(path)
     with pytest.raises(ValueError, match="max_bytes"):
         EmbeddingCache(max_bytes=-1)
+
+
+def test_the_file_is_bounded_and_the_oldest_use_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hour = [0]
+    monkeypatch.setattr("loramux.router.encoders.cache._now", lambda: hour[0])
+    path = tmp_path / "rows.sqlite"
+    cache = EmbeddingCache(path, max_bytes=0, max_file_bytes=10 * 4 * 32)
+    counting = Counting()
+    encoder = CachedEncoder(counting, cache)
+    for text in "abcdefghij":
+        hour[0] += 1
+        encoder.encode([text])
+    encoder.encode(["a"])  # is of use again
+    hour[0] += 1
+    encoder.encode(["k"])  # one too many: a tenth goes
+    counting.asked.clear()
+    encoder.encode(list("adefghijk"))
+    assert counting.asked == []
+    encoder.encode(list("bc"))
+    assert counting.asked == ["b", "c"]
+    for number in range(200):
+        encoder.encode([f"text {number}"])
+    cache.close()
+    again = EmbeddingCache(path, max_bytes=0, max_file_bytes=10 * 4 * 32)
+    assert 0 < again._file_bytes <= 10 * 4 * 32
+    again.close()
+
+
+def test_rows_are_deleted(tmp_path: Path) -> None:
+    for cache in (EmbeddingCache(), EmbeddingCache(tmp_path / "rows.sqlite")):
+        cache.put({b"a": b"1234", b"b": b"5678"})
+        cache.delete([b"a", b"c"])
+        assert cache.get([b"a", b"b"]) == {b"b": b"5678"}
+        cache.close()
+
+
+def test_an_earlier_versions_file_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.sqlite"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE embeddings (key BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID")
+        database.execute("INSERT INTO embeddings VALUES (?, ?)", (b"a", b"1234"))
+    for _ in range(2):
+        cache = EmbeddingCache(path)
+        assert cache.get([b"a"]) == {b"a": b"1234"}
+        cache.close()

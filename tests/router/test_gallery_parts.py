@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loramux.router.gallery.centroids import cluster_means, number_of_centroids, spherical_kmeans, unit_rows
-from loramux.router.gallery.conformal import calibrate, examples_needed, threshold
+from loramux.router.gallery.conformal import OUTSIDER_COST, calibrate, examples_needed, threshold
 from loramux.router.gallery.crossfit import Shape, centroids, cosines, cross_scores
 from loramux.router.gallery.metric import SHRINKAGE, fit_metric, plain_metric
 from loramux.router.gallery.sample import sampled
 from loramux.router.interface import Floats
+
+NONE = np.zeros(0, np.float32)
 
 
 def rows(n: int, dim: int = 12, seed: int = 0) -> Floats:
@@ -123,7 +125,7 @@ def test_alpha_is_a_share(alpha: float) -> None:
 @pytest.mark.parametrize(("n", "m"), [(40, 40), (20, 400), (400, 20)])
 def test_two_sides_that_are_apart_cost_hardly_anything(n: int, m: int) -> None:
     own, base = np.linspace(0.5, 1, n, dtype=np.float32), np.linspace(-1, 0.1, m, dtype=np.float32)
-    calibration = calibrate(0.05, own, base)
+    calibration = calibrate(0.05, own, base, NONE)
     assert calibration.threshold is not None
     assert (
         0.5 <= calibration.threshold <= 0.5 + 0.5 / m
@@ -134,39 +136,57 @@ def test_two_sides_that_are_apart_cost_hardly_anything(n: int, m: int) -> None:
 def test_two_sides_that_overlap_err_alike() -> None:
     rng = np.random.default_rng(2)
     own, base = (rng.standard_normal(400) + m for m in (1, -1))
-    calibration = calibrate(0.05, own.astype(np.float32), base.astype(np.float32))
+    calibration = calibrate(0.05, own.astype(np.float32), base.astype(np.float32), NONE)
     assert calibration.turned_away == pytest.approx(calibration.accepted_of_base, abs=0.01)
     assert "16% of them turned away" in calibration.describe() or "15% of them turned away" in calibration.describe()
 
 
 def test_few_negatives_do_not_count_and_few_examples_give_no_threshold() -> None:
     own = np.linspace(0, 1, 20, dtype=np.float32)
-    assert calibrate(0.05, own, own[:18]).threshold == threshold(own, 0.05)
-    state = calibrate(0.05, own[:18], own)
+    assert calibrate(0.05, own, own[:18], own[:18]).threshold == threshold(own, 0.05)
+    state = calibrate(0.05, own[:18], own, own)
     assert (state.threshold, state.turned_away, state.accepted_of_base) == (None, None, None)
     assert state.describe() == (
         "uncalibrated: a threshold at level 0.05 needs 19 examples of adapters that have two or more, there are 18"
     )
 
 
-def test_p_values() -> None:
-    state = calibrate(0.5, np.asarray([0.1, 0.2, 0.3], np.float32), np.zeros(0, np.float32))
-    assert [state.p_value(s) for s in (0.0, 0.25, 1.0)] == [1 / 4, 3 / 4, 1]
+def test_outsiders_raise_the_threshold_at_a_bounded_cost() -> None:
+    """Where prompts of missing adapters lie between the base and those that belong, and where they are the same."""
+    rng = np.random.default_rng(3)
+    own, between, base = ((rng.standard_normal(400) * 0.5 + m).astype(np.float32) for m in (1, 0.2, -1))
+    plain, raised = calibrate(0.05, own, base, NONE), calibrate(0.05, own, base, between)
+    assert plain.threshold is not None
+    assert raised.threshold is not None
+    assert raised.threshold > plain.threshold
+    assert raised.turned_away == pytest.approx(raised.accepted_of_outsiders, abs=0.01)
+    assert "accepted if their adapter were not there" in raised.describe()
+    twins = calibrate(0.05, own, base, own)
+    assert twins.turned_away == pytest.approx(OUTSIDER_COST, abs=0.01)
+    far = calibrate(0.05, own, base, base - 1)
+    assert far.threshold == plain.threshold
+    alone = calibrate(0.05, own, NONE, between)
+    assert alone.threshold == raised.threshold
+    assert alone.accepted_of_base is None
 
 
 def test_held_out_scores_are_of_what_took_no_part() -> None:
     """Random labels: examples score no better for their own adapter than noise does, whitening or not."""
     groups = [rows(8, 64, i) for i in range(10)]
-    own, negative = cross_scores(groups, rows(16, 64, 99), Shape(64, 3, 8))
-    assert (len(own), len(negative)) == (80, 16)
+    found = cross_scores(groups, rows(16, 64, 99), Shape(64, 3, 8))
+    assert (len(found.own), len(found.outsiders), len(found.base)) == (80, 80, 16)
     plain = [float(g.mean(axis=0) @ q) for g, q in zip(groups, rows(10, 64, 7), strict=True)]
-    assert abs(own.mean() - np.mean(plain)) < 0.1
+    assert abs(found.own.mean() - np.mean(plain)) < 0.1
+    assert found.outsiders.mean() > found.own.mean()  # the best of nine, where none belongs
 
 
 def test_adapters_of_one_example_give_no_held_out_score() -> None:
-    own, negative = cross_scores([rows(1, 8, 0), rows(3, 8, 1)], rows(0, 8), Shape(8, 3, 8))
-    assert (len(own), len(negative)) == (3, 0)
-    assert [len(s) for s in cross_scores([], rows(4, 8), Shape(8, 3, 8))] == [0, 0]
+    found = cross_scores([rows(1, 8, 0), rows(3, 8, 1)], rows(0, 8), Shape(8, 3, 8))
+    assert (len(found.own), len(found.outsiders), len(found.base)) == (3, 3, 0)
+    alone = cross_scores([rows(3, 8, 1)], rows(4, 8), Shape(8, 3, 8))
+    assert (len(alone.own), len(alone.outsiders), len(alone.base)) == (3, 0, 4)
+    none = cross_scores([], rows(4, 8), Shape(8, 3, 8))
+    assert [len(none.own), len(none.outsiders), len(none.base)] == [0, 0, 0]
 
 
 def test_the_sample_does_not_depend_on_the_order() -> None:

@@ -12,10 +12,11 @@ from loramux.kernels.lora.interface import ModuleWeights
 from loramux.router.gallery import Gallery
 from loramux.router.interface import BASE, Floats
 from loramux.router.options import RouteOptions, RouterError
-from loramux.router.policy import Decision, RouterPolicy
-from loramux.router.weights_only import WeightsScorer
+from loramux.router.policy import Decision, Pool, RouterPolicy, best_places
+from loramux.router.weights_only import AdapterFactors, Reference, WeightsScorer
 
 DIM = 8
+MODULE = "model.layers.0.self_attn.q_proj"
 AXES = np.eye(DIM, dtype=np.float32)
 
 
@@ -41,9 +42,9 @@ class AskedQuery:
         self.asked.append(encoder)
         return AXES[self.axis]
 
-    def features(self, modules: Sequence[str]) -> Mapping[str, Floats]:
-        self.asked.append(tuple(modules))
-        return dict.fromkeys(modules, AXES[self.axis][None])
+    def states(self, layers: Sequence[int]) -> Mapping[int, Floats]:
+        self.asked.append(tuple(layers))
+        return dict.fromkeys(layers, 3 * AXES[self.axis][None])
 
 
 def gallery(axes: Mapping[str, int], examples: int = 4) -> Gallery:
@@ -53,12 +54,16 @@ def gallery(axes: Mapping[str, int], examples: int = 4) -> Gallery:
     return made
 
 
-def weights(axes: Mapping[str, int]) -> WeightsScorer:
-    scorer = WeightsScorer(("m",))
+def weights(axes: Mapping[str, int], *, own: bool = False) -> WeightsScorer:
+    noise = np.random.default_rng(0).standard_normal((20, 4, DIM)).astype(np.float32)
+    reference = Reference.fit([{0: rows} for rows in noise], own=own)
+    found = {}
     for key, axis in axes.items():
         A = torch.from_numpy(np.concatenate([AXES[axis : axis + 1], 0.1 * AXES]))
-        scorer = scorer.with_adapter(key, {"m": ModuleWeights(A, torch.eye(DIM + 1), 1.0)})
-    return scorer
+        made = AdapterFactors.of({MODULE: ModuleWeights(A, torch.eye(DIM + 1), 1.0)}, reference)
+        assert made is not None
+        found[key] = made
+    return WeightsScorer(reference).with_adapters(found)
 
 
 def options(**values: Any) -> RouteOptions:
@@ -94,7 +99,7 @@ def test_the_ladder(policy: RouterPolicy, allowed: str, rung: str) -> None:
     query = AskedQuery(0)
     decision = policy.decide(query, list(allowed))
     assert decision.rung == rung
-    wanted = {"scores": ["scorer's"], "examples": ["gallery's"], "weights": [("m",)], "none": []}
+    wanted = {"scores": ["scorer's"], "examples": ["gallery's"], "weights": [(0,)], "none": []}
     assert query.asked == wanted[rung]
     assert {key for key, _ in decision.scores} <= set(allowed)
 
@@ -186,7 +191,8 @@ def test_sets(policy: RouterPolicy) -> None:
     assert [key for key, _ in pair.chosen] == ["b", "a"]
     assert pair.chosen[0][1] == round(16 / (1 + np.exp(-1))) / 16
     everything = options(policy="weights", top_p=1.0, temperature=1e6)
-    assert policy.decide(AskedQuery(), list("abcd"), everything).chosen == (("a", 6 / 16), ("b", 5 / 16), ("c", 5 / 16))
+    chosen = policy.decide(AskedQuery(), list("abcd"), everything).chosen
+    assert (chosen[0], [weight for _, weight in chosen]) == (("a", 6 / 16), [6 / 16, 5 / 16, 5 / 16])
     both = options(policy="weights", top_p=1.0, top_k=2, temperature=1e6)
     assert len(policy.decide(AskedQuery(), list("abcd"), both).chosen) == 2
     one = options(policy="scores", top_k=2)  # a is below the base's score: every member must pass
@@ -230,22 +236,85 @@ def test_a_plan_is_not_touched_by_later_changes(policy: RouterPolicy) -> None:
     plan = policy.plan(["a", "b", "c"])
     policy.forget("c")
     policy.use_gallery(None)
-    assert (plan.rung, plan.encoder, plan.modules) == ("examples", "gallery's", ())
+    assert (plan.rung, plan.encoder, plan.layers) == ("examples", "gallery's", ())
     assert plan.decide(AXES[2]).chosen == (("c", 1.0),)
 
 
 def test_a_plan_without_what_it_needs_is_refused(policy: RouterPolicy) -> None:
     with pytest.raises(ValueError, match="needs an embedding by gallery's"):
         policy.plan(["a", "b", "c"]).decide()
-    with pytest.raises(ValueError, match="needs features"):
+    with pytest.raises(ValueError, match="needs the prompt's states"):
         policy.plan(["d"]).decide(AXES[0])
 
 
-def test_weights_scores_may_come_from_the_engine(policy: RouterPolicy) -> None:
-    plan = policy.plan(["a", "d"], options(policy="weights"))
-    decision = plan.decide(responses={"a": 0.1, "d": 0.2, "b": 9.0})
-    assert decision.scores == (("d", pytest.approx(0.2)), ("a", pytest.approx(0.1)))
-    assert "cannot tell that none fits" in decision.reason
+def test_a_rung_that_left_the_query_to_the_base_is_followed_by_the_others(policy: RouterPolicy) -> None:
+    """Scores turn `a` down, the examples do not know `d`, whose weights answer to the query."""
+    policy.use_gallery(gallery({"b": 1, "c": 2, "e": 4}, examples=10), "gallery's")
+    policy.use_weights(weights({"a": 0, "b": 1, "c": 2, "d": 3}, own=True))
+    policy.use_scorer(TableScorer({"a": 0.4, "b": 0.3, BASE: 0.5}), "scorer's")
+    query = AskedQuery(3)
+    decision = policy.decide(query, list("abcd"))
+    assert (decision.rung, decision.chosen) == ("weights", (("d", 1.0),))
+    assert query.asked == ["scorer's", "gallery's", (0,)]
+    assert [key for key, _ in decision.scores] == ["d"]  # the others are not its to judge
+    assert "weights known of 1 candidates that no better rung knows" in decision.reason
+    assert "scores: the best score, 0.4 of a, is below the threshold" in decision.reason
+    stays = policy.decide(AskedQuery(6), list("abcd"))
+    assert (stays.rung, stays.chosen, stays.abstained) == ("scores", (), True)
+    assert [key for key, _ in stays.scores] == ["a", "b"]
+    for word in ("examples: the best score", "weights: the best score"):
+        assert word in stays.reason
+    assert policy.decide(AskedQuery(2), list("abcd")).chosen == (("c", 1.0),)
+    assert policy.decide(AskedQuery(3), list("abcd"), options(threshold=0.45)).rung == "scores"  # decides alone
+
+
+def test_a_rung_that_cannot_abstain_never_follows(policy: RouterPolicy) -> None:
+    policy.use_gallery(gallery({"a": 0, "b": 1, "c": 2}, examples=10), "gallery's")
+    policy.use_scorer(None)
+    decision = policy.decide(AskedQuery(3), list("abcd"))  # these weights have no examples of the base
+    assert (decision.rung, decision.chosen) == ("examples", ())
+    assert "not considered: d" in decision.reason
+
+
+def test_weights_leave_the_base_its_own_where_its_examples_are_known(policy: RouterPolicy) -> None:
+    policy.use_weights(weights({"a": 0, "d": 3}, own=True))
+    decision = policy.decide(AskedQuery(5), ["d"])
+    assert (decision.rung, decision.chosen, decision.abstained) == ("weights", (), True)
+    assert "reached by 20% of the 20 examples of the base" in decision.reason
+    assert policy.decide(AskedQuery(3), ["d"]).chosen == (("d", 1.0),)
+    policy.use_weights(weights({"d": 3}))
+    assert "cannot tell that none fits" in policy.decide(AskedQuery(5), ["d"]).reason
+
+
+def test_hidden_adapters_are_not_in_the_weights_rung(policy: RouterPolicy) -> None:
+    policy.use_weights(weights({"c": 2, "d": 3}), hidden=["d"])
+    assert policy.decide(AskedQuery(3), ["d"]).rung == "none"
+    policy.use_weights(weights({"c": 2, "d": 3}))
+    assert policy.decide(AskedQuery(3), ["d"]).rung == "weights"
+
+
+def test_a_pool_that_recurs_is_resolved_once_until_something_is_learnt(policy: RouterPolicy) -> None:
+    pool = Pool(iter(["a", "b", BASE, "a", "c"]))
+    assert pool.names == ("a", "b", "c")
+    first = policy.plan(pool)
+    assert policy.plan(pool).stages is first.stages
+    assert policy.plan(Pool(pool.names)).stages is not first.stages
+    policy.forget("c")
+    assert policy.plan(pool).candidates == ("a", "b")
+    for size in range(40):  # kept pools are bounded
+        policy.plan(Pool([str(size)]))
+    assert policy.plan(pool).candidates == ("a", "b")
+
+
+def test_the_best_places_are_those_of_a_full_sort() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 3, 10, 99, 200):
+        values = np.round(rng.normal(size=100), 1).astype(np.float32)  # many ties
+        values[rng.integers(0, 100, 10)] = np.nan
+        values[5] = -np.inf
+        order = np.argsort(-values, kind="stable")
+        expected = order[np.isfinite(values[order])][:count]
+        np.testing.assert_array_equal(best_places(values, count), expected)
 
 
 @pytest.mark.parametrize(

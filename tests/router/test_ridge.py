@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from support.encoders import clustered_table
 
 from loramux.router.scores.clusters import fit_clusters, kmeans
 from loramux.router.scores.features import Memberships, Partition
-from loramux.router.scores.ridge import GramSums, Ridge, RidgeStatistics, RowSums, collect, fit_groups
+from loramux.router.scores.ridge import GramSums, Ridge, RidgeStatistics, RowSums, Sums, collect, fit_groups
 
 
 def by_gradient(x: np.ndarray, y: np.ndarray, alpha: float) -> tuple[np.ndarray, float]:
@@ -68,6 +69,24 @@ def test_a_new_candidate_is_one_more_column() -> None:
     assert grown.without(["c0", "unknown"]).candidates == ("c1", "c2")
     assert (grown.without(["c0"]).score(table.embeddings) == grown.score(table.embeddings)[:, 1:]).all()
     assert ridge.candidates == ("c0", "c1"), "the scorer in use was changed"
+
+
+def test_an_update_solves_only_the_groups_with_new_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = clustered_table(60)
+    ridge = Ridge.fit(table.columns(["c0", "c1"]), 1.0).update(table.embeddings[:20], table.scores[:20, 2:3], ["c2"])
+    solved: list[int] = []
+    for kind in (GramSums, RowSums):
+
+        def noting(self: Sums, alpha: float, solve: Any = kind.solve) -> Any:
+            solved.append(self.count)
+            return solve(self, alpha)
+
+        monkeypatch.setattr(kind, "solve", noting)
+    grown = ridge.update(table.embeddings[20:21], table.scores[20:21, 2:3], ["c2"])
+    assert solved == [21]
+    monkeypatch.undo()
+    again = Ridge(grown.statistics, 1.0)
+    assert grown.score(table.embeddings) == pytest.approx(again.score(table.embeddings), abs=1e-6)
 
 
 def test_candidates_with_the_same_rows_share_a_gram_matrix() -> None:

@@ -6,8 +6,7 @@ S is the identity for states of up to `DIM` numbers; wider ones are projected by
 (Achlioptas 2003, "Database-friendly random projections"), which keeps differences between rows up to some 6%, so that
 ten thousand adapters fit the processor's caches whatever the base.
 
-The prompt is the text as the only turn of a conversation (plain where the model has no chat template). A one-turn
-request thus probes the very tokens that it would answer from, and the base's answer reuses the probe's blocks.
+The prompt is what `probing.Prompts` makes of the text.
 """
 
 import hashlib
@@ -19,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from loramux.router.interface import Floats
+from loramux.server.api.auto.probing import Prompts
 from loramux.server.api.rendering import Renderer
-from loramux.server.engine.protocol import EngineInfo, EngineRequest, PoolingParams, SamplingParams
+from loramux.server.engine.protocol import EngineInfo, PoolingParams
 
 DIM = 256
-CHARS_PER_TOKEN = 16  # of a text that is too long, so many characters per token are looked at before it is tokenised
 _VERSION = 1  # part of the name: raise it when the row of any text would change
 _SEED = 20030601
 _PIECES, _PIECE_BYTES = 64, 64 << 10
@@ -62,15 +61,13 @@ def sign_projection(hidden: int) -> npt.NDArray[np.float32] | None:
 class BaseStates:
     """What to ask of an engine for a text, and the row that its answer makes.
 
-    `layer` counts from 0; the number of layers itself stands for the final hidden states. Of longer prompts the last
-    `max_tokens` tokens are taken.
+    `layer` counts from 0; the number of layers itself stands for the final hidden states.
     """
 
     name: str
     hidden: int
     layer: int
-    max_tokens: int
-    renderer: Renderer
+    prompts: Prompts
     projection: npt.NDArray[np.float32] | None = field(repr=False)
 
     @classmethod
@@ -82,30 +79,17 @@ class BaseStates:
         limit = min(max_tokens, info.max_model_len)
         options = json.dumps([_VERSION, identity, info.dtype, info.hidden_size, chosen, limit, renderer.can_chat])
         name = f"base-{hashlib.sha256(options.encode()).hexdigest()[:32]}"
-        return cls(name, info.hidden_size, chosen, limit, renderer, sign_projection(info.hidden_size))
+        return cls(name, info.hidden_size, chosen, Prompts(renderer, limit), sign_projection(info.hidden_size))
 
     @property
     def dim(self) -> int:
         """Numbers of a row."""
         return min(self.hidden, DIM)
 
-    def request(self, text: str, request_id: str, salt: str = "") -> EngineRequest | None:
-        """The probe of a text; None for one without tokens. Raises a 400 where the chat template refuses the text."""
-        text = text[-self.max_tokens * CHARS_PER_TOKEN :]
-        if self.renderer.can_chat:
-            prompt = self.renderer.render([{"role": "user", "content": text}])
-            tokens = self.renderer.encode(prompt, add_special_tokens=False)
-        else:
-            tokens = self.renderer.encode(text, add_special_tokens=True)
-        if not tokens:
-            return None
-        return EngineRequest(
-            request_id,
-            tuple(tokens[-self.max_tokens :]),
-            SamplingParams(max_tokens=1),
-            salt=salt,
-            pooling=PoolingParams((self.layer,)),
-        )
+    @property
+    def pooling(self) -> PoolingParams:
+        """The mean over the prompt's tokens at the layer."""
+        return PoolingParams((self.layer,))
 
     def row(self, embedding: bytes) -> Floats:
         """float32 [dim] of norm 1, from the engine's mean hidden state."""

@@ -5,17 +5,17 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import aclosing
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from loramux.router.encoders.cache import CacheError, EmbeddingCache
 from loramux.router.interface import Encoder, Floats
 from loramux.server.api.auto.base_states import BaseStates
-from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineError, EngineOutput
+from loramux.server.api.auto.probing import pooled
+from loramux.server.engine.protocol import EngineClient
 
 PROBES_AT_ONCE = 8  # of one call: examples by the thousand must not fill the engine's queue
 TEXTS_AT_ONCE = 64
@@ -77,19 +77,11 @@ class ProbeEmbedder:
         return rows
 
     async def _row(self, text: str, salt: str) -> Floats:
-        request = self._states.request(text, f"probe-{next(self._numbers)}", salt)
-        if request is None:
+        tokens = self._states.prompts.tokens(text)
+        if not tokens:
             return np.zeros(self.dim, np.float32)
-        outputs = cast(AsyncGenerator[EngineOutput, None], self._engine.generate(request))
-        async with aclosing(outputs):
-            async for output in outputs:
-                if output.embedding is not None:
-                    return self._states.row(output.embedding)
-                if output.finish_reason is not None:
-                    raise EngineError(
-                        output.error or "the engine gave the probe up", retryable=output.error_kind is None
-                    )
-        raise EngineDeadError("the engine stopped without answering the probe")
+        name = f"probe-{next(self._numbers)}"
+        return self._states.row(await pooled(self._engine, name, tokens, self._states.pooling, salt))
 
 
 class LocalEmbedder:
@@ -202,6 +194,13 @@ class CachedEmbedder:
                 logger.error("%s", error)
         joined = b"".join(known[key] for key in keys)
         return np.frombuffer(joined, "<f4").reshape(len(texts), self.dim).astype(np.float32)
+
+    async def forget(self, texts: Sequence[str]) -> None:
+        """Deletes the rows of texts that nobody has any more; who has the same text computes it again."""
+        try:
+            await self._call(lambda: self._cache.delete(self._key(text, "") for text in texts))
+        except CacheError as error:
+            logger.error("%s", error)
 
     async def _call(self, call: Callable[[], T]) -> T:
         if self._threads is None:

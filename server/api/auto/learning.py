@@ -5,9 +5,11 @@ What is replaced or removed meanwhile never reaches the gallery.
 """
 
 import asyncio
+import hashlib
+import json
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
 LOG_SECONDS = 5.0
+SAVE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +46,11 @@ class Texts:
             return cls((version.description,), "description")
         return None
 
+    @property
+    def digest(self) -> str:
+        """Tells these texts from others."""
+        return hashlib.sha256(json.dumps([self.kind, self.texts]).encode()).hexdigest()
+
     def end(self, learned: bool) -> None:
         """Tells who waits."""
         if not self.learned.done():
@@ -56,6 +64,8 @@ class Learner:
         self._todo: OrderedDict[str, Texts] = OrderedDict()
         self._flying: dict[str, Texts] = {}
         self._wake = asyncio.Event()
+        self._counted: dict[str, Texts] = {}
+        self.changed = False  # since what counts was last saved
         self.failed: dict[str, str] = {}
 
     @property
@@ -79,14 +89,36 @@ class Learner:
             if found is not None:
                 found.end(False)
 
+    def uncount(self, key: str) -> Texts | None:
+        """The adapter's texts count no more; what they were."""
+        found = self._counted.pop(key, None)
+        self.changed |= found is not None
+        return found
+
+    def counted(self) -> dict[str, str]:
+        """A digest of the texts of each adapter, and of the base, that counts."""
+        return {key: texts.digest for key, texts in self._counted.items()}
+
+    def recognise(self, saved: Mapping[str, str]) -> set[str]:
+        """Whose texts wait and have these digests; they count already."""
+        found = {key for key, texts in self._todo.items() if saved.get(key) == texts.digest}
+        for key in found:
+            self._counted[key] = self._todo.pop(key)
+            self._counted[key].end(True)
+        return found
+
     async def run(
         self,
         embedder: Embedder,
         gallery: Gallery,
         writer: ThreadPoolExecutor,
         ready: Callable[[], Awaitable[None]],
+        save: Callable[[], Awaitable[None]],
     ) -> None:
-        """Works until cancelled. `ready` gives something to wait for after the engine failed."""
+        """Works until cancelled. `ready` gives something to wait for after the engine failed.
+
+        `save` is called when something counts that did not, or no more, and nothing has waited for a while.
+        """
         loop = asyncio.get_running_loop()
         said = loop.time()
         done = 0
@@ -96,7 +128,10 @@ class Learner:
                     logger.info("the router knows %d more adapters by their texts; none wait", done)
                     done = 0
                 self._wake.clear()
-                await self._wake.wait()
+                try:
+                    await asyncio.wait_for(self._wake.wait(), SAVE_SECONDS if self.changed else None)
+                except TimeoutError:
+                    await save()
             batch = self._take()
             try:
                 await self._learn(batch, embedder, gallery, writer)
@@ -138,6 +173,8 @@ class Learner:
         for key, texts in current.items():
             if self._flying.get(key) is texts:
                 del self._flying[key]
+                self._counted[key] = texts
+                self.changed = True
             texts.end(True)
 
     async def _one_by_one(

@@ -1,11 +1,13 @@
 """Scores of adapters on queries, kept beside the store: what feedback and uploads add, and the scorer is trained on.
 
 A query's scores of one adapter are kept as their sum and number, so that the file grows with queries and not with
-opinions. Everything is durable when a call returns. Beyond the bound the oldest queries go.
+opinions; of those that came after the latest training the sums are kept once more, because a scorer that can grow takes
+them in at once, and again after a restart. Everything is durable when a call returns. Beyond the bound the oldest
+queries go.
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -20,7 +22,11 @@ CREATE TABLE IF NOT EXISTS scores (
     candidate TEXT NOT NULL, total REAL NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (query, candidate)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS scores_by_candidate ON scores (candidate);
-CREATE TABLE IF NOT EXISTS forgotten (candidate TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fresh (
+    query INTEGER NOT NULL REFERENCES queries (id) ON DELETE CASCADE,
+    candidate TEXT NOT NULL, total REAL NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (query, candidate)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS retired (candidate TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
 """
 _KEPT_SHARE = 0.9  # of the bound, after the oldest queries went
 
@@ -53,11 +59,12 @@ class ScoreLedger:
                 new = execute('INSERT INTO queries (text, "group") VALUES (?, ?) ON CONFLICT DO NOTHING', key)
                 self._bytes += len(row.query) * new.rowcount
                 (query,) = execute('SELECT id FROM queries WHERE text = ? AND "group" = ?', key).fetchone()
-                self._database.executemany(
-                    "INSERT INTO scores VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE"
-                    " SET total = total + excluded.total, count = count + 1",
-                    [(query, candidate, float(score)) for candidate, score in row.scores.items()],
-                )
+                for table in ("scores", "fresh"):
+                    self._database.executemany(
+                        f"INSERT INTO {table} VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE"
+                        " SET total = total + excluded.total, count = count + 1",
+                        [(query, candidate, float(score)) for candidate, score in row.scores.items()],
+                    )
             self._shrink()
 
     def _shrink(self) -> None:
@@ -75,38 +82,61 @@ class ScoreLedger:
         self._database.execute("DELETE FROM queries WHERE id <= ?", (last_gone,))
         self._bytes = kept
 
-    def rows(self, candidates: Sequence[str]) -> list[ScoredQuery]:
-        """Every query with its mean scores of these candidates, oldest first; none without any."""
+    def rows(self, candidates: Iterable[str], *, fresh: bool = False) -> list[ScoredQuery]:
+        """Every query with its mean scores of these candidates, oldest first; none without any.
+
+        With `fresh` only the scores that came after the latest training.
+        """
         wanted = set(candidates)
         found: dict[int, tuple[str, str, dict[str, float]]] = {}
         for query, text, group, candidate, total, count in self._database.execute(
             'SELECT q.id, q.text, q."group", s.candidate, s.total, s.count'
-            " FROM queries q JOIN scores s ON s.query = q.id ORDER BY q.id, s.candidate"
+            f" FROM queries q JOIN {'fresh' if fresh else 'scores'} s ON s.query = q.id ORDER BY q.id, s.candidate"
         ):
             if candidate in wanted:
                 found.setdefault(query, (text, group, {}))[2][candidate] = min(max(total / count, 0.0), 1.0)
         return [ScoredQuery(text, scores, group) for text, group, scores in found.values()]
 
+    def fresh_candidates(self) -> list[str]:
+        """Whoever was scored after the latest training."""
+        return [str(row[0]) for row in self._database.execute("SELECT DISTINCT candidate FROM fresh")]
+
     def counts(self) -> tuple[int, int]:
         """(queries, scores) that are kept."""
         return self._number("SELECT count(*) FROM queries"), self._number("SELECT count(*) FROM scores")
 
-    def forget(self, candidate: str) -> None:
-        """Drops all scores of an adapter, and remembers that scorers trained so far do not know it."""
+    def forget(self, candidate: str, version: int) -> None:
+        """Drops all scores of an adapter, and remembers that scorers up to this version know another of that name."""
         with self._transaction():
-            self._database.execute("DELETE FROM scores WHERE candidate = ?", (candidate,))
+            for table in ("scores", "fresh"):
+                self._database.execute(f"DELETE FROM {table} WHERE candidate = ?", (candidate,))
             self._database.execute("DELETE FROM queries WHERE id NOT IN (SELECT query FROM scores)")
-            self._database.execute("INSERT INTO forgotten VALUES (?) ON CONFLICT DO NOTHING", (candidate,))
+            self._database.execute(
+                "INSERT INTO retired VALUES (?, ?) ON CONFLICT DO UPDATE SET version = max(version, excluded.version)",
+                (candidate, version),
+            )
         self._bytes = self._number("SELECT coalesce(sum(length(text)), 0) FROM queries")
 
-    def forgotten(self) -> list[str]:
-        """Adapters that were deleted after the scorer was trained."""
-        return [row[0] for row in self._database.execute("SELECT candidate FROM forgotten")]
+    def retired(self, version: int) -> list[str]:
+        """Adapters that were deleted since the scorer of this version was trained."""
+        found = self._database.execute("SELECT candidate FROM retired WHERE version >= ?", (version,))
+        return [str(row[0]) for row in found]
 
-    def trained(self, without: Iterable[str]) -> None:
-        """A new scorer was trained on what was left without these: it does not need to forget them."""
+    def begin_training(self) -> None:
+        """What is kept at this moment goes into a training: it is no longer fresh once `end_training` says so."""
         with self._transaction():
-            self._database.executemany("DELETE FROM forgotten WHERE candidate = ?", [(name,) for name in without])
+            self._database.execute("DROP TABLE IF EXISTS temp.trained")
+            self._database.execute("CREATE TEMP TABLE trained AS SELECT query, candidate, total, count FROM fresh")
+
+    def end_training(self) -> None:
+        """A scorer was trained on what was there at `begin_training`; what came since stays fresh."""
+        with self._transaction():
+            self._database.execute(
+                "UPDATE fresh SET total = fresh.total - t.total, count = fresh.count - t.count FROM temp.trained t"
+                " WHERE t.query = fresh.query AND t.candidate = fresh.candidate"
+            )
+            self._database.execute("DELETE FROM fresh WHERE count <= 0")
+            self._database.execute("DROP TABLE temp.trained")
 
     def close(self) -> None:
         """Closes the file."""

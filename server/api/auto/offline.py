@@ -39,6 +39,9 @@ def train_file(settings: Settings, file: Path, out: Path | None, seed: int) -> d
     Returns the artefact's notes with `version` and `folder`. Deterministic by `seed`. Raises `OfflineError`.
     """
     configure_logging("warning")
+    settings = settings.model_copy(
+        update={"log_level": "warning"}
+    )  # the engine's: progress bars are all there is to see
     try:
         model = find_model(settings)
         spec = base_spec_from_config(load_config(model), name=settings.base_name)
@@ -46,7 +49,7 @@ def train_file(settings: Settings, file: Path, out: Path | None, seed: int) -> d
         parts = prepare(settings, model, spec.num_layers)
         if parts is None:
             raise OfflineError("--router off: there is nothing to train for; leave it out")
-        words = {BASE_WORD, settings.base_name}
+        words = {BASE_WORD, *settings.base_names}
         rows = merge(as_routed(row, words) for row in read_scores(file))
         folder = out if out is not None else settings.store_root(structure_of(spec)) / FOLDER / SCORERS
         with bars() as progress:

@@ -22,6 +22,7 @@ from loramux.server.engine.protocol import EngineClient
 from loramux.server.settings import Settings
 
 NGRAM_DIM = 384  # with the base's states a row is short enough for ten thousand adapters in 100 MB
+NGRAM_LENGTHS = (2, 5)  # of those tried, these tell held-out examples best from the base's and from other adapters'
 MAX_EXAMPLE_CHARS = 1 << 20
 
 
@@ -78,7 +79,7 @@ def prepare(settings: Settings, model: Path, num_layers: int) -> RouterParts | N
     if not names_parts:
         local = hugging_face(settings.router_encoder)
     elif "ngram" in parts:
-        local = NgramEncoder(NGRAM_DIM)
+        local = NgramEncoder(NGRAM_DIM, *NGRAM_LENGTHS)
     uses_base = names_parts and "base" in parts
     identity = base_identity(model, template) if uses_base else ""
     return RouterParts(uses_base, identity, settings.router_layer, settings.router_max_tokens, local, examples)

@@ -29,15 +29,15 @@ def chosen_of(decision: Decision) -> list[Chosen]:
 
 
 def report_of(decision: Decision, *, explain: bool) -> RouterReport:
-    """The decision as the body shows it."""
+    """The decision as the body shows it; the reason in words only to `explain`."""
     report = RouterReport(
         chosen=chosen_of(decision),
         rung=decision.rung,
         threshold=decision.threshold,
         abstained=decision.abstained,
         milliseconds=round(decision.milliseconds, 3),
+        scores=[CandidateScore(name=name, score=score) for name, score in decision.scores],
     )
     if explain:
-        report.scores = [CandidateScore(name=name, score=score) for name, score in decision.scores]
         report.reason = decision.reason
     return report

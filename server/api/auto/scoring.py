@@ -1,4 +1,13 @@
-"""The scores rung: the ledger of scores, the scorer trained on them, and training another while the server runs."""
+"""The scores rung: the ledger of scores, the scorer trained on them, and how it gets better while the server runs.
+
+- Training (`POST /v1/router/train`, or `loramux route train` beside the server) makes a new version in the store's
+  folder; the server uses the latest within `WATCH_SECONDS`, whoever made it.
+- Scores that arrive in between are taken in at once by a scorer that can grow (ridge regression, nearest neighbours,
+  ensembles of these): a candidate that it knows gets one more row, a new one becomes a candidate with its `MIN_NEW`-th.
+  Repeated opinions of one query are one row each until the next training, which takes their mean.
+- What cannot grow (RouterDC's head) waits for a training, and so does everything before the first: cross-validation has
+  to name a scorer once.
+"""
 
 import asyncio
 import logging
@@ -15,14 +24,21 @@ from loramux.router import artifacts
 from loramux.router.interface import BASE, Floats, Scorer
 from loramux.router.policy import RouterPolicy
 from loramux.router.scores.dataset import ScoredQuery, build_table
+from loramux.router.scores.ensemble import can_grow, growing
 from loramux.server.api.auto.embedders import TEXTS_AT_ONCE, Embedder
 from loramux.server.api.auto.ledger import LedgerError, ScoreLedger
 from loramux.server.api.auto.training import TrainingError, TrainingProcess
+from loramux.server.api.errors import APIError
 from loramux.server.engine.protocol import EngineError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+WATCH_SECONDS = 2.0
+MIN_NEW = (
+    10  # scored queries of an adapter that the scorer does not know: with fewer a single opinion would be all of it
+)
+GROW_AT_ONCE = 16  # rows that a call waits for; more are taken in behind it
 LEDGER = "scores.sqlite3"
 SCORERS = "scorers"
 BASE_WORD = "base"  # stands for the base in what clients send, unless an adapter has that name
@@ -54,6 +70,15 @@ class Restricted:
         return np.asarray(self.scorer.score(embeddings)[:, self.columns], dtype=np.float32)
 
 
+def _removed(scorer: Scorer | None, gone: Collection[str]) -> Scorer | None:
+    """The scorer without some candidates; None when none is left."""
+    if scorer is None or not set(gone) & set(scorer.candidates):
+        return scorer
+    if not set(scorer.candidates) - set(gone):
+        return None
+    return growing(scorer).without(list(gone)) if can_grow(scorer) else Restricted.without(scorer, gone)
+
+
 class ScoresRung:
     """What is known of adapters by scores. Public methods run on the event loop; `writer` is the thread that they use.
 
@@ -70,66 +95,144 @@ class ScoresRung:
         self._training: asyncio.Task[None] | None = None
         self._outcome: Literal["never", "done", "failed"] = "never"
         self._error: str | None = None
+        self._embedder: Embedder | None = None
+        self._changing = asyncio.Lock()  # one change of the scorer at a time
+        self._behind: set[asyncio.Task[bool]] = set()
+        self._seen = 0  # the latest version that was looked at
         self._artifact: artifacts.Artifact | None = None
+        self._scorer: Scorer | None = None  # the artefact's, grown and without whoever was deleted; the writer's
+        self._grown = 0
 
     async def load(self, embedder: Embedder) -> None:
         """Uses the latest saved scorer, if there is one and it fits the encoder; says in the report why it does not."""
-        try:
-            await self._in_writer(partial(self._use, embedder))
-        except artifacts.ArtifactError as error:
-            logger.warning("the saved scorer is not used: %s", error)
-            self._error = str(error)
+        self._embedder = embedder
+        await self._look()
 
-    def _use(self, embedder: Embedder) -> None:
-        if not artifacts.versions(self._scorers):
-            return
-        artifact = artifacts.load(self._scorers)
-        if (artifact.encoder, artifact.dim) != (embedder.name, embedder.dim):
-            raise artifacts.ArtifactError(
-                f"scorer {artifact.version} was trained on embeddings of another encoder ({artifact.encoder}) than the "
-                f"server's ({embedder.name}); train again (POST /v1/router/train) or start with that --router-encoder"
-            )
-        known = Restricted.without(artifact.scorer, self._ledger.forgotten())
-        self._policy.use_scorer(known, embedder.name)
-        self._artifact = artifact
+    async def watch(self) -> None:
+        """Looks for newer versions until cancelled; a training of this server's says itself when its version is due."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if not self._is_training:
+                await self._look()
 
-    async def add(self, rows: Sequence[ScoredQuery]) -> None:
-        """Keeps scores; durable on return. Raises `LedgerError` when the disk refuses."""
+    async def _look(self) -> None:
+        """Uses the latest version if it is another one, with the scores that came since the latest training."""
+        async with self._changing:
+            try:
+                latest = max(await self._in_writer(partial(artifacts.versions, self._scorers)), default=0)
+                if latest == self._seen or self._embedder is None:
+                    return
+                self._seen = latest
+                await self._in_writer(partial(self._use, latest, self._embedder))
+                logger.info("scorer %d is in use", latest)
+                await self._grow(await self._in_writer(self._fresh), self._embedder)
+            except (artifacts.ArtifactError, OSError) as error:
+                logger.warning("the saved scorer is not used: %s", error)
+                self._error = str(error)
+
+    def _use(self, version: int, embedder: Embedder) -> None:
+        artifact = artifacts.load(self._scorers, version)
+        artifact.check_encoder(embedder.name, embedder.dim)
+        self._artifact, self._grown = artifact, 0
+        self._scorer = _removed(artifact.scorer, self._ledger.retired(version))
+        self._policy.use_scorer(self._scorer, embedder.name)
+
+    def _fresh(self) -> list[ScoredQuery]:
+        """The scores since the latest training, of candidates that the scorer may take in."""
+        return self._ledger.rows(self._ledger.fresh_candidates(), fresh=True)
+
+    async def add(self, rows: Sequence[ScoredQuery]) -> bool:
+        """Keeps scores, durable on return, and says whether they count already. Raises `LedgerError`."""
         await self._in_writer(partial(self._ledger.add, rows))
+        task = asyncio.create_task(self._learn(rows))
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+        return await asyncio.shield(task) if len(rows) <= GROW_AT_ONCE else False
+
+    async def _learn(self, rows: Sequence[ScoredQuery]) -> bool:
+        async with self._changing:
+            return self._embedder is not None and await self._grow(rows, self._embedder)
+
+    async def _grow(self, rows: Sequence[ScoredQuery], embedder: Embedder) -> bool:
+        """Takes scores into the scorer; whether all of them count. A failure costs the growth, not the scorer."""
+        if self._scorer is None or not can_grow(self._scorer) or not rows:
+            return False
+        rows, complete = await self._in_writer(partial(self._countable, rows))
+        if not rows:
+            return False
+        try:
+            embeddings = await _embedded(embedder, [row.query for row in rows])
+            await self._in_writer(partial(self._take_in, rows, embeddings, embedder.name))
+        except (EngineError, ValueError, APIError) as error:
+            logger.warning("scores do not count before the next training or start: %s", error)
+            return False
+        return complete
+
+    def _countable(self, rows: Sequence[ScoredQuery]) -> tuple[list[ScoredQuery], bool]:
+        """The rows of known candidates, and all fresh rows of those that have become enough; whether that is all."""
+        assert self._scorer is not None
+        known = set(self._scorer.candidates)
+        found = []
+        new: set[str] = set()
+        for row in rows:
+            new |= row.scores.keys() - known
+            scores = {name: score for name, score in row.scores.items() if name in known}
+            if scores:
+                found.append(ScoredQuery(row.query, scores, row.group))
+        complete = True
+        for name in sorted(new):
+            fresh = self._ledger.rows([name], fresh=True)
+            complete &= len(fresh) >= MIN_NEW
+            found += fresh if len(fresh) >= MIN_NEW else []
+        return found, complete
+
+    def _take_in(self, rows: Sequence[ScoredQuery], embeddings: Floats, encoder: str) -> None:
+        """The scorer grows; in the writer's thread, so that nobody is deleted meanwhile."""
+        if self._scorer is None:
+            return
+        table = build_table(rows, embeddings)
+        self._scorer = growing(self._scorer).update(table.embeddings, table.scores, table.candidates)
+        self._grown += len(table.scores)
+        self._policy.use_scorer(self._scorer, encoder)
 
     def forget(self, name: str) -> None:
         """An adapter was deleted: its scores go, and no scorer trained so far knows whoever takes its name.
 
-        To be called in the writer's thread: it blocks.
+        To be called in the writer's thread: it blocks. The policy has to be told as well.
         """
+        self._scorer = _removed(self._scorer, [name])
+        latest = max(artifacts.versions(self._scorers), default=0)
         try:
-            self._ledger.forget(name)
+            self._ledger.forget(name, latest + self._is_training)
         except LedgerError as error:
             logger.error("the scores of %s stay, after its end: %s", name, error)
 
-    def train(self, embedder: Embedder, candidates: Sequence[str], seed: int) -> bool:
-        """Starts to train on the scores of these adapters and the base; False while a training runs."""
-        if self._training is not None and not self._training.done():
+    @property
+    def _is_training(self) -> bool:
+        return self._training is not None and not self._training.done()
+
+    def train(self, candidates: Sequence[str], seed: int) -> bool | None:
+        """Starts to train on the scores of these adapters and the base; False while a training runs, None too early."""
+        if self._embedder is None:
+            return None
+        if self._is_training:
             return False
-        self._training = asyncio.create_task(self._train(embedder, candidates, seed), name="router-training")
+        self._training = asyncio.create_task(self._train(self._embedder, candidates, seed), name="router-training")
         return True
 
     async def _train(self, embedder: Embedder, candidates: Sequence[str], seed: int) -> None:
         try:
-            gone = await self._in_writer(self._ledger.forgotten)
-            rows = await self._in_writer(partial(self._ledger.rows, [BASE, *candidates]))
+            rows = await self._in_writer(partial(self._begin, candidates))
             if not rows:
                 raise TrainingError(
                     "there are no scores of the base or an adapter that is registered; send some to /v1/feedback or "
                     "/v1/router/scores"
                 )
-            texts = [row.query for row in rows]
-            parts = [await embedder.embed(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
-            table = build_table(rows, np.concatenate(parts))
+            table = build_table(rows, await _embedded(embedder, [row.query for row in rows]))
             run = partial(self._process.run, table, self._scorers, embedder.name, seed)
             version = await asyncio.get_running_loop().run_in_executor(self._threads, run)
-            await self._in_writer(partial(self._ledger.trained, gone))
-            await self._in_writer(partial(self._use, embedder))
+            await self._in_writer(self._ledger.end_training)
+            await self._look()
         except (ValueError, TrainingError, EngineError, LedgerError) as error:
             logger.warning("no scorer was trained: %s", error)
             self._outcome, self._error = "failed", str(error)
@@ -137,20 +240,26 @@ class ScoresRung:
             logger.exception("training a scorer failed")
             self._outcome, self._error = "failed", type(error).__name__
         else:
-            logger.info("scorer %d is trained on %d queries and in use", version, len(rows))
+            logger.info("scorer %d is trained on %d queries", version, len(rows))
             self._outcome, self._error = "done", None
+
+    def _begin(self, candidates: Sequence[str]) -> list[ScoredQuery]:
+        """What a training is of; what comes later stays fresh."""
+        self._ledger.begin_training()
+        return self._ledger.rows([BASE, *candidates])
 
     async def report(self) -> Mapping[str, Any]:
         """The rung in plain values."""
         queries, scores = await self._in_writer(self._ledger.counts)
-        running = self._training is not None and not self._training.done()
-        scorer = None
+        running, scorer = self._is_training, None
         if self._artifact is not None:
-            known = [name for name in self._artifact.scorer.candidates if name != BASE]
+            known = () if self._scorer is None else self._scorer.candidates
             scorer = {
                 "version": self._artifact.version,
-                "adapters": len(known),
-                "knows_base": BASE in self._artifact.scorer.candidates,
+                "adapters": sum(name != BASE for name in known),
+                "knows_base": BASE in known,
+                "can_grow": self._scorer is not None and can_grow(self._scorer),
+                "rows_since_training": self._grown,
                 **self._artifact.notes,
             }
         training = {"status": "running" if running else self._outcome, "error": None if running else self._error}
@@ -159,9 +268,10 @@ class ScoresRung:
     async def stop(self) -> None:
         """Ends a training that runs; the writer must be idle afterwards."""
         self._process.kill()
-        if self._training is not None:
-            self._training.cancel()
-            await asyncio.gather(self._training, return_exceptions=True)
+        tasks = [*self._behind, *([self._training] if self._training is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._threads.shutdown(wait=True)
 
     def close(self) -> None:
@@ -170,3 +280,9 @@ class ScoresRung:
 
     async def _in_writer(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, call)
+
+
+async def _embedded(embedder: Embedder, texts: Sequence[str]) -> Floats:
+    """float32 [len(texts), dim], some at a time, so that others are served in between."""
+    parts = [await embedder.embed(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
+    return np.concatenate([np.zeros((0, embedder.dim), np.float32), *parts])

@@ -3,26 +3,30 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from loramux.adapters_store.errors import AdapterNotFound
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.adapters_store.store import AdapterStore
 from loramux.router.encoders.cache import CacheError, EmbeddingCache
 from loramux.router.gallery.gallery import Gallery
+from loramux.router.gallery.saved import SavedGallery, load_gallery, save_gallery
 from loramux.router.interface import BASE, Floats
 from loramux.router.options import RouteOptions
-from loramux.router.policy import Decision, RouterPolicy
-from loramux.router.weights_only import WeightsScorer
+from loramux.router.policy import Decision, Plan, Pool, RouterPolicy
+from loramux.router.versions import ArtifactError
 from loramux.server.api.auto.embedders import CachedEmbedder, Embedder
 from loramux.server.api.auto.learning import Learner, Texts
 from loramux.server.api.auto.parts import RouterParts
+from loramux.server.api.auto.probing import Prompts
 from loramux.server.api.auto.recent import RecentRequests, Served
 from loramux.server.api.auto.scoring import QUERY_CHARS, ScoresRung
+from loramux.server.api.auto.weights import WeightsRung
 from loramux.server.api.rendering import Renderer
 from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineError
 from loramux.server.settings import Settings
@@ -30,25 +34,29 @@ from loramux.server.settings import Settings
 logger = logging.getLogger(__name__)
 
 FOLDER = "router"
+GALLERY = "gallery"
 QUERY_CACHE_BYTES = 8 << 20
 INLINE_CANDIDATES = 512  # with more the scores are computed in a thread
 LEARN_SECONDS = 10.0
 ENGINE_SECONDS = 0.2
 LIST_PAGE = 500
+MAX_SCOPES = 64
 
 
-class ModuleInputs(Protocol):
-    """What the weights rung asks of the engine: a prompt's inputs of some modules, no adapter applied."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scope:
+    """What one tenant may use, as of one state of the store and of what is admitted."""
 
-    async def inputs(self, text: str, modules: Sequence[str], salt: str) -> Mapping[str, Floats]:
-        """Module -> float32 [tokens, in]. Raises `EngineError`."""
-        ...
+    generation: int
+    changes: int
+    pool: Pool
 
 
 class RouterService:
     """Routing for one server. Everything public runs on the event loop; the caller may cancel any of it.
 
-    Adapters are known by name. Only those that the store has, and whose content is whole, are ever candidates.
+    Adapters are known by key (`adapters_store.names`). Only those that the store has, whose content is whole and that
+    the caller may use are ever candidates.
     """
 
     def __init__(
@@ -60,80 +68,138 @@ class RouterService:
         self._store = store
         self._folder = store.blob_dir.parent / FOLDER
         self._max_rank = settings.max_set_rank
+        self._cache_bytes = int(settings.router_cache_bytes)
         self._policy = RouterPolicy(max_set_size=settings.max_adapters_per_set)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="router-write")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="router-encode")
         self._scoring = ThreadPoolExecutor(2, thread_name_prefix="router-score")
         self._learner = Learner()
-        self._inputs: ModuleInputs | None = None
+        weights_bytes = int(settings.router_weights_bytes)
+        self._weights = WeightsRung(self._policy, store, parts.base_examples, weights_bytes)
         self._embedding: Embedder | None = None
         self._recent = RecentRequests()
         self.scores = ScoresRung(self._folder, self._policy, self._writer, int(settings.router_scores_bytes))
-        self._names: dict[str, int] = {}  # and the version that is known
+        self._names: dict[str, int] = {}  # keys, and the version that is known
         self._gone: set[str] = set()  # deleted while the store was being listed
-        self._allowed: tuple[str, ...] = ()
+        self._changes = 0  # of the keys
+        self._scopes: OrderedDict[str | None, _Scope] = OrderedDict()
         self._listed = asyncio.Event()
         self._queries: CachedEmbedder | None = None
         self._gallery: Gallery | None = None
         self._cache: EmbeddingCache | None = None
-        self._building: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     # Life.
 
     def start(self) -> None:
         """Begins to list and to embed what the store has; queries are routed by what is there so far."""
-        self._building = asyncio.create_task(self._build(), name="router")
+        self._tasks.append(asyncio.create_task(self._guarded(self._build), name="router"))
 
     async def stop(self) -> None:
         """Ends the work; what was embedded stays in the cache."""
-        if self._building is not None:
-            self._building.cancel()
-            await asyncio.gather(self._building, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._save()
         self._learner.close()
         await self.scores.stop()
+        self._weights.close()
         for threads in (self._writer, self._encoding, self._scoring):
             threads.shutdown(wait=True, cancel_futures=True)
         self.scores.close()
         if self._cache is not None:
             self._cache.close()
 
-    async def _build(self) -> None:
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Says when work that goes on for as long as the server ends before it."""
         try:
-            await self._list()
-            embedder = await self._embedder()
-            kept = await self._kept(embedder)
-            await self.scores.load(embedder)
-            gallery = Gallery(embedder.dim)
-            self._embedding = kept
-            self._queries = CachedEmbedder(embedder, EmbeddingCache(max_bytes=QUERY_CACHE_BYTES))
-            self._gallery = gallery
-            self._policy.use_gallery(gallery, embedder.name)
-            if self._parts.base_examples:
-                self._learner.add([(BASE, Texts(self._parts.base_examples, "examples"))], first=True)
-            await self._learner.run(kept, gallery, self._writer, self._wait_ready)
+            await work()
         except asyncio.CancelledError:
             raise
         except Exception:
-            logger.exception("the router ended; `auto` answers by what it knew")
+            logger.exception("part of the router ended; `auto` answers by what is known so far")
             raise
         finally:
             self._listed.set()  # nobody waits for a list that will not come
 
+    async def _build(self) -> None:
+        await self._list()
+        embedder = await self._embedder()
+        self._tasks.append(asyncio.create_task(self._guarded(self._weigh), name="router-weights"))
+        kept = await self._kept(embedder)
+        self._embedding = kept
+        await self.scores.load(kept)
+        self._tasks.append(asyncio.create_task(self._guarded(self.scores.watch), name="router-scorers"))
+        if self._parts.base_examples:
+            self._learner.add([(BASE, Texts(self._parts.base_examples, "examples"))], first=True)
+        gallery = await self._restored(embedder)
+        self._queries = CachedEmbedder(embedder, EmbeddingCache(max_bytes=QUERY_CACHE_BYTES))
+        self._gallery = gallery
+        self._policy.use_gallery(gallery, embedder.name)
+        await self._learner.run(kept, gallery, self._writer, self._wait_ready, self._save)
+
+    async def _restored(self, embedder: Embedder) -> Gallery:
+        """The gallery as it was saved, but for what has changed since; an empty one where none fits."""
+        loop = asyncio.get_running_loop()
+        try:
+            saved = await loop.run_in_executor(
+                self._writer, partial(load_gallery, self._folder / GALLERY, embedder.name)
+            )
+        except ArtifactError as error:
+            logger.warning("the saved gallery is not used: %s", error)
+            saved = None
+        if saved is None:
+            return Gallery(embedder.dim)
+        known = self._learner.recognise(saved.texts)
+        kept = (*saved.state.keys, *([BASE] if len(saved.state.base) else []))
+        stale = [key for key in kept if key not in known]
+        self._learner.changed = bool(stale)
+        gallery = await loop.run_in_executor(self._writer, Gallery.from_state, saved.state)
+        if stale:
+            await loop.run_in_executor(self._writer, partial(gallery.remove, *stale))
+        return gallery
+
+    async def _save(self) -> None:
+        """Keeps what the examples rung knows for the next start."""
+        if not self._learner.changed or self._gallery is None:
+            return
+        self._learner.changed = False
+        counted, gallery, encoder = self._learner.counted(), self._gallery, self._queries
+        assert encoder is not None  # it came with the gallery
+
+        def save() -> None:
+            state = gallery.state()
+            known = {key: digest for key, digest in counted.items() if key == BASE or key in state.keys}
+            save_gallery(self._folder / GALLERY, SavedGallery(state, encoder.name, known))
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._writer, save)
+        except OSError as error:
+            logger.error("the gallery is not saved; the next start fits it again: %s", error)
+
+    async def _weigh(self) -> None:
+        """Keeps the weights rung up to date."""
+        await self._wait_ready()
+        prompts = Prompts(self._renderer, min(self._parts.max_tokens, self._engine.info.max_model_len))
+        await self._weights.run(self._engine, prompts, self._wait_ready)
+
     async def _list(self) -> None:
-        """Every adapter's name, and its texts as work to do."""
+        """Every adapter's key, and its texts or its weights as work to do."""
         after: str | None = None
         while True:
             page = await asyncio.get_running_loop().run_in_executor(
-                self._writer, partial(self._store.list, limit=LIST_PAGE, after=after)
+                self._writer, partial(self._store.every, limit=LIST_PAGE, after=after)
             )
             for version in page.data:
-                if version.name not in self._names and version.name not in self._gone:  # else it is known better
-                    texts = Texts.of(version) if self._admit(version) else None
-                    if texts is not None:
-                        self._learner.add([(version.name, texts)], first=False)
+                if version.key not in self._names and version.key not in self._gone and self._admit(version):
+                    texts = Texts.of(version)
+                    if texts is None:
+                        self._weights.offer(version)
+                    else:
+                        self._learner.add([(version.key, texts)], first=False)
             if not page.has_more:
                 break
-            after = page.data[-1].id
+            after = page.data[-1].key
         self._gone.clear()
         self._listed.set()
 
@@ -155,10 +221,9 @@ class RouterService:
     async def _kept(self, embedder: Embedder) -> Embedder:
         """The encoder over the cache on disk; over none where that cannot be used."""
         path = self._folder / "embeddings.sqlite3"
+        open_cache = partial(EmbeddingCache, path, max_bytes=0, max_file_bytes=self._cache_bytes)
         try:
-            self._cache = await asyncio.get_running_loop().run_in_executor(
-                self._writer, partial(EmbeddingCache, path, max_bytes=0)
-            )
+            self._cache = await asyncio.get_running_loop().run_in_executor(self._writer, open_cache)
         except CacheError as error:
             logger.error("the router works without its cache: %s", error)
             return embedder
@@ -175,11 +240,14 @@ class RouterService:
             return None
         texts = Texts.of(version)
         if texts is None:
-            self._learner.drop(version.name)
+            self._learner.drop(version.key)
+            self._learner.uncount(version.key)
+            self._weights.offer(version)
             if self._gallery is not None:
-                await asyncio.get_running_loop().run_in_executor(self._writer, self._gallery.remove, version.name)
+                await asyncio.get_running_loop().run_in_executor(self._writer, self._gallery.remove, version.key)
             return None
-        self._learner.add([(version.name, texts)], first=True)
+        self._weights.drop(version.key)
+        self._learner.add([(version.key, texts)], first=True)
         if self._gallery is None:
             return False
         try:
@@ -189,86 +257,108 @@ class RouterService:
 
     def _admit(self, version: AdapterVersion) -> bool:
         """Whether a request could be served by it and nothing newer is known; then it is a candidate from now on."""
-        if version.version < self._names.get(version.name, 0):
+        key = version.key
+        if version.version < self._names.get(key, 0):
             return False
         if version.status != "ready" or version.rank > self._max_rank:
-            self._dismiss(version.name)
+            self._dismiss(key)
             return False
-        self._gone.discard(version.name)
-        self._names[version.name] = version.version
-        self._allowed = ()
+        self._gone.discard(key)
+        self._changes += key not in self._names
+        self._names[key] = version.version
         return True
 
-    async def deleted(self, name: str) -> None:
+    async def deleted(self, key: str) -> None:
         """The adapter was deleted: no rung knows it when this returns, nor ever again whoever takes its name."""
-        self._dismiss(name)
+        texts = self._learner.uncount(key)
+        self._dismiss(key)
 
         def forget() -> None:
-            self.scores.forget(name)  # first: a scorer that comes into use in between asks it
-            self._policy.forget(name)
+            self.scores.forget(key)  # first: a scorer that comes into use in between asks it
+            self._policy.forget(key)
 
         await asyncio.get_running_loop().run_in_executor(self._writer, forget)
+        if texts is not None and isinstance(self._embedding, CachedEmbedder):
+            await self._embedding.forget(texts.texts)
 
-    def _dismiss(self, name: str) -> None:
+    def _dismiss(self, key: str) -> None:
         """The adapter cannot be served: it is no candidate from now on, whatever any rung knows of it."""
-        self._names.pop(name, None)
+        self._changes += self._names.pop(key, None) is not None
         if not self._listed.is_set():
-            self._gone.add(name)
-        self._allowed = ()
-        self._learner.drop(name)
+            self._gone.add(key)
+        self._learner.drop(key)
+        self._learner.uncount(key)
+        self._weights.drop(key)
 
-    async def recheck(self, name: str) -> None:
+    async def recheck(self, key: str) -> None:
         """A chosen adapter could not be leased: the store's word replaces what the router believes of it."""
         try:
-            version = await asyncio.get_running_loop().run_in_executor(self._writer, self._store.get, name)
+            version = await asyncio.get_running_loop().run_in_executor(self._writer, self._store.by_key, key)
         except AdapterNotFound:
-            self._dismiss(name)
+            self._dismiss(key)
         else:
             if version.status != "ready":
-                self._dismiss(name)
+                self._dismiss(key)
 
     # Queries.
 
     async def decide(
-        self, text: str, options: RouteOptions, *, salt: str = "", without: Collection[str] = ()
+        self,
+        text: str,
+        options: RouteOptions,
+        *,
+        tenant: str | None = None,
+        salt: str = "",
+        without: Collection[str] = (),
     ) -> Decision:
-        """The choice for a query among the adapters there are, but for those in `without`.
+        """The choice for a query among the adapters that the tenant may use, but for those in `without`; all by key.
 
-        Raises `RouterError` for options that cannot be followed, `EngineError` when a probe cannot be answered.
+        No `tenant` is nobody in particular: every adapter there is. Raises `RouterError` for options that cannot be
+        followed, `EngineError` when a probe cannot be answered.
         """
         await self._listed.wait()
-        plan = self._policy.plan(self._pool(without), options)
+        pool = await self._pool(tenant)
+        if without:
+            pool = Pool(key for key in pool.names if key not in without)
         text = text[-QUERY_CHARS:]
         row: Floats | None = None
-        features: Mapping[str, Floats] | None = None
-        if plan.encoder:
-            assert self._queries is not None  # there is no rung before there is an encoder
-            row = (await self._queries.embed([text], salt))[0]
-        if plan.modules:
-            assert self._inputs is not None  # they came with the rung
-            features = await self._inputs.inputs(text, plan.modules, salt)
-        if len(plan.candidates) <= INLINE_CANDIDATES:
-            decision = plan.decide(row, features)
-        else:
-            decision = await asyncio.get_running_loop().run_in_executor(self._scoring, plan.decide, row, features)
+        plan: Plan | None = self._policy.plan(pool, options)
+        while plan is not None:
+            if plan.encoder and row is None:
+                assert self._queries is not None  # there is no rung before there is an encoder
+                row = (await self._queries.embed([text], salt))[0]
+            states = await self._weights.states(text, salt) if plan.layers else None
+            if states is None and len(plan.candidates) <= INLINE_CANDIDATES:
+                decision = plan.decide(row)
+            else:
+                decision = await asyncio.get_running_loop().run_in_executor(self._scoring, plan.decide, row, states)
+            plan = plan.after(decision)
         if self._learner.pending:
             note = f"{decision.reason}; {self._learner.pending} adapters wait to be embedded"
             decision = replace(decision, reason=note)
         return decision
 
-    def _pool(self, without: Collection[str]) -> tuple[str, ...]:
-        if not self._allowed and self._names:
-            self._allowed = tuple(self._names)
-        return tuple(name for name in self._allowed if name not in without) if without else self._allowed
+    async def _pool(self, tenant: str | None) -> Pool:
+        """What the tenant may choose from; read again only when the store, or what is admitted of it, has changed."""
+        names, changes = self._names, self._changes
+        generation = 0 if tenant is None else self._store.generation
+        scope = self._scopes.get(tenant)
+        if scope is None or (scope.generation, scope.changes) != (generation, changes):
+            if tenant is None:
+                pool = Pool(names)
+            else:
+                visible = partial(self._store.visible_keys, tenant)
+                keys = await asyncio.get_running_loop().run_in_executor(self._scoring, visible)
+                pool = Pool(name for name in names if name in keys)
+            self._scopes[tenant] = scope = _Scope(generation, changes, pool)
+            while len(self._scopes) > MAX_SCOPES:
+                self._scopes.popitem(last=False)
+        self._scopes.move_to_end(tenant)
+        return scope.pool
 
-    def use_weights(self, scorer: WeightsScorer, inputs: ModuleInputs) -> None:
-        """Adds the weights rung, for adapters that nothing else is known of; `inputs` gives it the prompts' states."""
-        self._inputs = inputs
-        self._policy.use_weights(scorer)
-
-    def knows(self, name: str) -> bool:
+    def knows(self, key: str) -> bool:
         """Whether there is such an adapter to choose."""
-        return name in self._names
+        return key in self._names
 
     # Feedback.
 
@@ -282,9 +372,7 @@ class RouterService:
 
     def train(self, seed: int) -> bool | None:
         """Starts to train the scorer; False while that runs already, None before there is an encoder."""
-        if self._embedding is None:
-            return None
-        return self.scores.train(self._embedding, tuple(self._names), seed)
+        return self.scores.train(tuple(self._names), seed)
 
     # What `GET /v1/router` shows.
 
@@ -307,5 +395,9 @@ class RouterService:
                 "pending": self._learner.pending,
                 "failed": sorted(self._learner.failed),
             },
-            "rungs": {"scores": await self.scores.report(), "examples": examples},
+            "rungs": {
+                "scores": await self.scores.report(),
+                "examples": examples,
+                "weights": self._weights.report(),
+            },
         }

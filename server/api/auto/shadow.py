@@ -22,13 +22,16 @@ WORKERS = 2
 
 
 class ShadowTicket:
-    """One request's comparison: `actual` are the names of the adapters that serve it, none for the base."""
+    """One request's comparison: `actual` are the keys of the adapters that serve it, none for the base."""
 
-    def __init__(self, text: str, options: RouteOptions, salt: str, actual: frozenset[str]) -> None:
+    def __init__(
+        self, text: str, options: RouteOptions, salt: str, actual: frozenset[str], tenant: str | None = None
+    ) -> None:
         self.text = text
         self.options = options
         self.salt = salt
         self.actual = actual
+        self.tenant = tenant
         self.dropped = False
         self.failed = False
         self.decision: Decision | None = None
@@ -60,9 +63,11 @@ class Shadow:
         self._waiting: deque[ShadowTicket] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
-    def offer(self, text: str, options: RouteOptions, salt: str, actual: frozenset[str]) -> ShadowTicket:
-        """Takes a request in if there is room; returns at once."""
-        ticket = ShadowTicket(text, options, salt, actual)
+    def offer(
+        self, text: str, options: RouteOptions, salt: str, actual: frozenset[str], tenant: str | None = None
+    ) -> ShadowTicket:
+        """Takes a request of a tenant's (see `RouterService.decide`) in if there is room; returns at once."""
+        ticket = ShadowTicket(text, options, salt, actual, tenant)
         if len(self._waiting) >= MAX_WAITING:
             ticket.dropped = True
             self._metrics.shadowed("dropped")
@@ -78,7 +83,9 @@ class Shadow:
         while self._waiting:
             ticket = self._waiting.popleft()
             try:
-                ticket.decision = await self._router.decide(ticket.text, ticket.options, salt=ticket.salt)
+                ticket.decision = await self._router.decide(
+                    ticket.text, ticket.options, tenant=ticket.tenant, salt=ticket.salt
+                )
             except (RouterError, EngineError) as error:
                 logger.info("a request was not routed in the shadow: %s", error)
                 ticket.failed = True

@@ -58,11 +58,12 @@ class FeedbackRequest(RequestModel):
 
 
 class FeedbackTaken(ResponseModel):
-    """What was recorded."""
+    """What was recorded; `learnt`: it counts from the next request on, else with the next training."""
 
     object: Literal["feedback"]
     adapter: str
     score: float
+    learnt: bool
 
 
 class ScoresTaken(ResponseModel):
