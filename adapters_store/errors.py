@@ -53,5 +53,29 @@ class StoreFull(AdapterError):  # noqa: N818
     status = 507
 
 
+class QuotaExceeded(AdapterError):  # noqa: N818
+    """The tenant has used up what it may keep in the store."""
+
+    status = 429
+
+
+class TenantNotFound(AdapterError):  # noqa: N818
+    """No such tenant."""
+
+    status = 404
+
+
+class KeyNotFound(AdapterError):  # noqa: N818
+    """No such API key."""
+
+    status = 404
+
+
 class StoreUnavailableError(RuntimeError):
     """The store's folder cannot be opened: another process has it, or it is of an unknown version."""
+
+
+def shorten(text: str, limit: int = 160) -> str:
+    """Text from an upload as it may stand in a message: one line, of bounded length, without control characters."""
+    clean = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"

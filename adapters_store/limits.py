@@ -31,3 +31,5 @@ class StoreLimits:
     max_description_chars: int = 4_096
     max_examples: int = 256
     max_example_chars: int = 4_096
+    max_shares: int = 256
+    """Tenants that one adapter may be shared with."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from loramux.adapters_store import strict_json
 from loramux.adapters_store.base_spec import BaseSpec
-from loramux.adapters_store.errors import InvalidAdapter, UnsupportedAdapter
+from loramux.adapters_store.errors import InvalidAdapter, UnsupportedAdapter, shorten
 from loramux.adapters_store.limits import StoreLimits
-from loramux.adapters_store.safetensors_header import is_lfs_pointer, shorten
+from loramux.adapters_store.safetensors_header import is_lfs_pointer
 
 FILE = "adapter_config.json"
 DEFAULT_RANK = 8

@@ -16,11 +16,11 @@ import numpy as np
 
 from loramux.adapters_store.base_spec import BaseSpec, LinearSpec
 from loramux.adapters_store.canonical import CanonicalTensor, Part, write_canonical
-from loramux.adapters_store.errors import AdapterError, IncompatibleAdapter, InvalidAdapter, UnsupportedAdapter
+from loramux.adapters_store.errors import AdapterError, IncompatibleAdapter, InvalidAdapter, UnsupportedAdapter, shorten
 from loramux.adapters_store.limits import StoreLimits
 from loramux.adapters_store.patterns import Budget, Pattern, PatternError
 from loramux.adapters_store.peft_config import FILE, PeftLoraConfig, read_config
-from loramux.adapters_store.safetensors_header import TensorInfo, invalid, read_chunks, read_tensor_infos, shorten
+from loramux.adapters_store.safetensors_header import TensorInfo, invalid, read_chunks, read_tensor_infos
 
 _PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")

@@ -12,49 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from loramux.adapters_store.errors import StoreUnavailableError
+from loramux.adapters_store.names import LOCAL_TENANT, address_of, key_of
+from loramux.adapters_store.schema import open_database
 from loramux.adapters_store.storage import disk_full
 
-SCHEMA_VERSION = 1
 Status = Literal["ready", "failed"]
-
-_SCHEMA = """
-CREATE TABLE adapters (
-    id INTEGER PRIMARY KEY,
-    owner TEXT NOT NULL,
-    name TEXT NOT NULL,
-    last_version INTEGER NOT NULL,
-    current_version INTEGER,
-    description TEXT,
-    examples TEXT,
-    UNIQUE (owner, name)
-);
-CREATE TABLE blobs (
-    digest TEXT PRIMARY KEY,
-    bytes INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE versions (
-    adapter INTEGER NOT NULL REFERENCES adapters (id),
-    version INTEGER NOT NULL,
-    digest TEXT NOT NULL REFERENCES blobs (digest),
-    status TEXT NOT NULL,
-    last_error TEXT,
-    base_model TEXT NOT NULL,
-    ranks TEXT NOT NULL,
-    target_modules TEXT NOT NULL,
-    warnings TEXT NOT NULL,
-    created_at INTEGER NOT NULL,
-    PRIMARY KEY (adapter, version)
-) WITHOUT ROWID;
-CREATE INDEX versions_by_digest ON versions (digest);
-CREATE INDEX adapters_alive ON adapters (owner, name) WHERE current_version IS NOT NULL;
-"""
+Values = tuple[str | int, ...] | Mapping[str, str | int | None]
+Visibility = Literal["private", "shared", "public"]
 
 _SELECT = """
 SELECT a.name, v.version, v.digest, v.status, v.last_error, v.base_model, v.ranks, v.target_modules, v.warnings,
-       v.created_at, a.description, a.examples, b.bytes
+       v.created_at, a.description, a.examples, b.bytes, a.owner, a.visibility,
+       CASE a.visibility WHEN 'shared' THEN (
+           SELECT json_group_array(s.tenant) FROM shares s WHERE s.adapter = a.id
+       ) END
 FROM adapters a JOIN versions v ON v.adapter = a.id JOIN blobs b ON b.digest = v.digest
 """
+_VISIBLE = """(a.owner = :tenant OR a.visibility = 'public'
+     OR EXISTS (SELECT 1 FROM shares s WHERE s.adapter = a.id AND s.tenant = :tenant))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +38,8 @@ class AdapterVersion:
 
     `id` is `name@version`; `rank` is the largest of `ranks` (the distinct ranks, ascending); `target_modules` are the
     last names of the adapted modules; `bytes` the size of the canonical file; `created_at` in Unix seconds. `status`
-    is `failed` with `last_error` when its blob is gone or damaged.
+    is `failed` with `last_error` when its blob is gone or damaged. `owner` is the tenant it belongs to, `shared_with`
+    the tenants, sorted, that may use it while its `visibility` is `shared`.
     """
 
     id: str
@@ -81,6 +57,26 @@ class AdapterVersion:
     ranks: tuple[int, ...]
     warnings: list[str]
     last_error: str | None
+    owner: str = LOCAL_TENANT
+    visibility: Visibility = "private"
+    shared_with: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The adapter's name inside the server, one for everybody."""
+        return key_of(self.owner, self.name)
+
+    def address(self, tenant: str) -> str:
+        """What `tenant` calls the adapter."""
+        return address_of(self.key, tenant)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """Who may use an adapter besides its owner: nobody, the tenants named, or everybody."""
+
+    visibility: Visibility
+    shared_with: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +97,7 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         """Opens or creates the database. Raises `StoreUnavailableError` for another schema version."""
-        self.connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self.connection.execute("PRAGMA journal_mode = WAL")
-        self.connection.execute("PRAGMA synchronous = FULL")
-        self.connection.execute("PRAGMA foreign_keys = ON")
-        version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
-        if version == 0:
-            self.connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
-            self.connection.close()
-            raise StoreUnavailableError(
-                f"the adapter store has schema version {version}, this program knows {SCHEMA_VERSION}"
-            )
+        self.connection = open_database(path)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -156,6 +141,56 @@ class Registry:
         """The current versions of up to `limit` names that sort after `after`, by name."""
         where = "WHERE a.owner = ? AND a.name > ? AND a.current_version IS NOT NULL AND v.version = a.current_version"
         return self._all(f"{where} ORDER BY a.name LIMIT ?", (owner, after, limit))
+
+    def visible(self, tenant: str, owner: str, name: str, version: int | None) -> AdapterVersion | None:
+        """The current version of `owner`'s adapter, or the one asked for, if `tenant` may use it; else None."""
+        chosen = "a.current_version" if version is None else ":version"
+        where = f"WHERE a.owner = :owner AND a.name = :name AND v.version = {chosen} AND {_VISIBLE}"
+        return self._one(where, {"tenant": tenant, "owner": owner, "name": name, "version": version})
+
+    def foreign_page(self, tenant: str, after: tuple[str, str], limit: int) -> list[AdapterVersion]:
+        """Up to `limit` adapters of others that `tenant` may use, after (owner, name), in that order."""
+        current = "AND a.current_version IS NOT NULL AND v.version = a.current_version"
+        place = "AND a.owner <> :tenant AND (a.owner, a.name) > (:owner, :name) ORDER BY a.owner, a.name LIMIT :limit"
+        values: Values = {"tenant": tenant, "owner": after[0], "name": after[1], "limit": limit}
+        public = self._all(f"WHERE a.visibility = 'public' {current} {place}", values)
+        given = "a.visibility = 'shared' AND a.id IN (SELECT s.adapter FROM shares s WHERE s.tenant = :tenant)"
+        shared = self._all(f"WHERE {given} {current} {place}", values)
+        return sorted([*public, *shared], key=lambda found: (found.owner, found.name))[:limit]
+
+    def every_page(self, after: tuple[str, str], limit: int) -> list[AdapterVersion]:
+        """Up to `limit` adapters of anybody after (owner, name), in that order."""
+        where = "WHERE (a.owner, a.name) > (?, ?) AND a.current_version IS NOT NULL AND v.version = a.current_version"
+        return self._all(f"{where} ORDER BY a.owner, a.name LIMIT ?", (*after, limit))
+
+    def visible_names(self, tenant: str) -> list[tuple[str, str]]:
+        """(owner, name) of every adapter whose current version is whole and that `tenant` may use; in no order."""
+        ready = (
+            "JOIN versions v ON v.adapter = a.id AND v.version = a.current_version"
+            " WHERE a.current_version IS NOT NULL AND v.status = 'ready' AND"
+        )
+        rows = self.connection.execute(
+            f"SELECT a.owner, a.name FROM adapters a {ready} a.owner = :tenant"
+            f" UNION ALL SELECT a.owner, a.name FROM adapters a {ready} a.visibility = 'public' AND a.owner <> :tenant"
+            " UNION ALL SELECT a.owner, a.name FROM shares s CROSS JOIN adapters a ON a.id = s.adapter"
+            f" {ready} s.tenant = :tenant AND a.owner <> :tenant",
+            {"tenant": tenant},
+        )
+        return [(str(owner), str(name)) for owner, name in rows]
+
+    def is_referenced_by(self, owner: str, digest: str) -> bool:
+        """Whether a version of this owner's has the blob."""
+        versions = "SELECT 1 FROM versions v JOIN adapters a ON a.id = v.adapter WHERE v.digest = ? AND a.owner = ?"
+        return self._value(f"SELECT EXISTS ({versions})", (digest, owner)) == 1
+
+    def usage(self, owner: str) -> tuple[int, int]:
+        """(names, bytes) of one owner; a blob counts once for each owner that has it, whoever else does."""
+        names = self._value("SELECT count(*) FROM adapters WHERE owner = ? AND current_version IS NOT NULL", (owner,))
+        query = (
+            "SELECT coalesce(sum(bytes), 0) FROM blobs WHERE digest IN"
+            " (SELECT v.digest FROM adapters a JOIN versions v ON v.adapter = a.id WHERE a.owner = ?)"
+        )
+        return names, self._value(query, (owner,))
 
     def is_referenced(self, digest: str) -> bool:
         """Whether a version of anybody has this blob."""
@@ -225,6 +260,15 @@ class Registry:
                 (None if examples is None else json.dumps(examples), owner, name),
             )
 
+    def share(self, owner: str, name: str, sharing: Sharing) -> None:
+        """Sets who may use a name. Inside `transaction`."""
+        execute = self.connection.execute
+        row = execute("SELECT id FROM adapters WHERE owner = ? AND name = ?", (owner, name)).fetchone()
+        execute("DELETE FROM shares WHERE adapter = ?", row)
+        execute("UPDATE adapters SET visibility = ? WHERE id = ?", (sharing.visibility, *row))
+        for tenant in sharing.shared_with:
+            execute("INSERT INTO shares (adapter, tenant) VALUES (?, ?)", (*row, tenant))
+
     def delete(self, owner: str, name: str) -> list[str] | None:
         """Deletes all versions of a name and returns the digests that nobody has any more; None for no such name.
 
@@ -238,7 +282,12 @@ class Registry:
             return None
         digests = {str(r[0]) for r in execute("SELECT digest FROM versions WHERE adapter = ?", row)}
         execute("DELETE FROM versions WHERE adapter = ?", row)
-        execute("UPDATE adapters SET current_version = NULL, description = NULL, examples = NULL WHERE id = ?", row)
+        execute("DELETE FROM shares WHERE adapter = ?", row)  # who takes the name again starts private
+        execute(
+            "UPDATE adapters SET current_version = NULL, description = NULL, examples = NULL, visibility = 'private'"
+            " WHERE id = ?",
+            row,
+        )
         gone = sorted(d for d in digests if not self.is_referenced(d))
         self.connection.executemany("DELETE FROM blobs WHERE digest = ?", [(d,) for d in gone])
         return gone
@@ -256,11 +305,11 @@ class Registry:
     def _value(self, query: str, values: tuple[str | int, ...]) -> int:
         return int(self.connection.execute(query, values).fetchone()[0])
 
-    def _one(self, where: str, values: tuple[str | int, ...]) -> AdapterVersion | None:
+    def _one(self, where: str, values: Values) -> AdapterVersion | None:
         found = self._all(where, values)
         return found[0] if found else None
 
-    def _all(self, where: str, values: tuple[str | int, ...]) -> list[AdapterVersion]:
+    def _all(self, where: str, values: Values) -> list[AdapterVersion]:
         return [_version(row) for row in self.connection.execute(_SELECT + where, values)]
 
 
@@ -282,4 +331,7 @@ def _version(row: tuple[Any, ...]) -> AdapterVersion:
         description=row[10],
         examples=None if row[11] is None else json.loads(row[11]),
         bytes=row[12],
+        owner=row[13],
+        visibility=row[14],
+        shared_with=() if row[15] is None else tuple(json.loads(row[15])),
     )

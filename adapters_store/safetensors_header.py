@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from loramux.adapters_store import strict_json
 from loramux.adapters_store.canonical import CHUNK_BYTES, ITEM_BYTES
-from loramux.adapters_store.errors import InvalidAdapter
+from loramux.adapters_store.errors import InvalidAdapter, shorten
 from loramux.adapters_store.limits import StoreLimits
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
@@ -147,12 +147,6 @@ def _check_tiling(infos: Mapping[str, TensorInfo], data_start: int, size: int) -
         raise invalid(f"the file has {size} bytes, its header describes {position}: it is truncated", "truncated")
     if position < size:
         raise invalid(f"{size - position} bytes follow the last tensor")
-
-
-def shorten(text: str, limit: int = 160) -> str:
-    """Text from an upload as it may stand in a message: one line, of bounded length, without control characters."""
-    clean = "".join(c if c.isprintable() else "?" for c in text[: limit + 1])
-    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def read_chunks(file: IO[bytes], info: TensorInfo) -> Iterator[bytes]:

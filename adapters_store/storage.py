@@ -11,9 +11,8 @@ from types import TracebackType
 from typing import IO, Self
 
 from loramux.adapters_store.digests import blob_name, blob_path, digest_from_hex
-from loramux.adapters_store.errors import InvalidAdapter, StoreFull, UploadTooLarge
+from loramux.adapters_store.errors import InvalidAdapter, StoreFull, UploadTooLarge, shorten
 from loramux.adapters_store.limits import StoreLimits
-from loramux.adapters_store.safetensors_header import shorten
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -11,7 +11,6 @@ blob, which the next opening removes. A deletion first commits, then removes the
 
 import fcntl
 import os
-import re
 import shutil
 import threading
 import time
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, Final, Literal
+from typing import IO, Any, Final, Literal, get_args
 
 from loramux.adapters_store.base_spec import BaseSpec
 from loramux.adapters_store.digests import blob_name
@@ -28,23 +27,23 @@ from loramux.adapters_store.errors import (
     AdapterConflict,
     AdapterNotFound,
     InvalidAdapter,
+    QuotaExceeded,
     StoreFull,
     StoreUnavailableError,
+    shorten,
 )
 from loramux.adapters_store.limits import StoreLimits
+from loramux.adapters_store.names import LOCAL_TENANT, NAME_PATTERN, VERSION_PATTERN, key_of, owner_and_name
 from loramux.adapters_store.peft_format import AdapterPlan, plan_adapter, write_plan
-from loramux.adapters_store.registry import AdapterVersion, NewVersion, Registry
-from loramux.adapters_store.safetensors_header import shorten
+from loramux.adapters_store.registry import AdapterVersion, NewVersion, Registry, Sharing, Visibility
+from loramux.adapters_store.schema import REGISTRY_FILE
 from loramux.adapters_store.storage import BlobFolder, StagedBlob, Upload, check_free_space
 
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_VERSION_PATTERN = re.compile(r"[1-9][0-9]{0,8}")
-DEFAULT_OWNER = "default"
 AUTO = "auto"
 
 Strings = list[str]
 Versions = list[AdapterVersion]
-Changes = dict[Literal["description", "examples"], Any]
+Texts = dict[Literal["description", "examples"], Any]
 
 
 class Unset(Enum):
@@ -72,6 +71,22 @@ class Page:
     has_more: bool
 
 
+@dataclass(frozen=True, slots=True)
+class StoreQuota:
+    """What one tenant may keep: names, and bytes of canonical files (each counted once per tenant); None: any."""
+
+    adapters: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """What one tenant keeps, counted as in `StoreQuota`."""
+
+    adapters: int
+    bytes: int
+
+
 class AdapterStore:
     """Everything the API does with adapters; safe from any thread, every method may block on the disk."""
 
@@ -86,7 +101,8 @@ class AdapterStore:
     ) -> None:
         """Opens the store in `root`, creating it when absent, and puts right what a crash left.
 
-        Raises `StoreUnavailableError` when another process has it open.
+        `reserved_names` are names, or `tenant/name`, that no adapter may have. Raises `StoreUnavailableError` when
+        another process has the store open.
         """
         self.base = base
         self.limits = limits or StoreLimits()
@@ -98,11 +114,12 @@ class AdapterStore:
         self._guard = threading.RLock()
         self._leases: dict[str, int] = {}
         self._leaving: set[str] = set()  # deleted while leased
+        self._generation = 0
         for folder in (root, self._uploads, self._blobs.folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._lock_file = self._take_lock()
         try:
-            self._registry = Registry(root / "registry.sqlite3")
+            self._registry = Registry(self.registry_path)
             self._recover()
         except BaseException:
             self._lock_file.close()
@@ -112,6 +129,16 @@ class AdapterStore:
     def blob_dir(self) -> Path:
         """Where the canonical files are, for `HostTier`."""
         return self._blobs.folder
+
+    @property
+    def registry_path(self) -> Path:
+        """The database that the registry shares with `Tenants`."""
+        return self._root / REGISTRY_FILE
+
+    @property
+    def generation(self) -> int:
+        """Grows with every change of what any tenant may use; what was read at one value holds until the next."""
+        return self._generation
 
     def close(self) -> None:
         """Closes the registry and lets another process open the store."""
@@ -132,15 +159,21 @@ class AdapterStore:
         name: str,
         description: str | None = None,
         examples: Sequence[str] | None = None,
-        owner: str = DEFAULT_OWNER,
+        sharing: Sharing | None = None,
+        owner: str = LOCAL_TENANT,
+        quota: StoreQuota | None = None,
     ) -> CommitResult:
         """Checks the upload against the base and makes it the newest version of `name`, or finds that it is already.
 
-        `description` and `examples` belong to the name; None leaves what it has. Nothing is visible before all checks
-        passed. Raises `InvalidAdapter`, `UnsupportedAdapter`, `IncompatibleAdapter`, `AdapterConflict`, `StoreFull`.
+        `description`, `examples` and `sharing` belong to the name; None leaves what it has. Nothing is visible before
+        all checks passed. What others keep changes nothing of the answer, equal content included: it is written, and
+        counts for `quota`, for each owner. Raises `InvalidAdapter`, `UnsupportedAdapter`, `IncompatibleAdapter`,
+        `AdapterConflict`, `QuotaExceeded`, `StoreFull`.
         """
-        self._check_name(name)
-        changes: Changes = {}
+        self._check_name(name, owner)
+        if sharing is not None:
+            sharing = self._checked_sharing(sharing)
+        changes: Texts = {}
         if description is not None:
             changes["description"] = self._checked_description(description)
         if examples is not None:
@@ -156,24 +189,35 @@ class AdapterStore:
             return hexdigest, size
 
         blob = upload.stage(write)
-        return self._register(blob, plan, warnings, owner, name, changes)
+        return self._register(blob, self._new_version(blob, plan, warnings), owner, name, changes, sharing, quota)
 
     def _register(
-        self, blob: StagedBlob, plan: AdapterPlan, warnings: list[str], owner: str, name: str, changes: Changes
+        self,
+        blob: StagedBlob,
+        new: NewVersion,
+        owner: str,
+        name: str,
+        changes: Texts,
+        sharing: Sharing | None,
+        quota: StoreQuota | None,
     ) -> CommitResult:
         with self._guard:
             newest = self._registry.newest(owner, name)
             same = newest is not None and newest.digest == blob.digest
             if not same:
+                self._check_quota(blob, owner, quota or StoreQuota(), is_new=newest is None)
                 self._check_room(blob, owner, name, is_new=newest is None)
             self._blobs.put(blob)
             try:
                 with self._registry.transaction():
                     self._registry.mark(blob.digest, "ready", None)
                     if not same:
-                        self._registry.add_version(owner, name, self._new_version(blob, plan, warnings))
+                        self._registry.add_version(owner, name, new)
                     self._registry.describe(owner, name, changes)
+                    if sharing is not None:
+                        self._registry.share(owner, name, sharing)
             finally:
+                self._generation += 1
                 self._drop_if_unreferenced(blob.digest)
             return CommitResult(self.get(name, owner=owner), created=not same)
 
@@ -188,6 +232,23 @@ class AdapterStore:
             int(self._clock()),
         )
 
+    def _check_quota(self, blob: StagedBlob, owner: str, quota: StoreQuota, *, is_new: bool) -> None:
+        if quota.adapters is None and quota.bytes is None:
+            return
+        used = self.usage(owner)
+        if is_new and quota.adapters is not None and used.adapters >= quota.adapters:
+            raise QuotaExceeded(
+                f"you have {used.adapters} adapters, your quota is {quota.adapters}; delete some",
+                code="rate_limit_exceeded", field="name",
+            )  # fmt: skip
+        size = 0 if self._registry.is_referenced_by(owner, blob.digest) else blob.size
+        if quota.bytes is not None and size and used.bytes + size > quota.bytes:
+            raise QuotaExceeded(
+                f"this adapter's {size} bytes and the {used.bytes} that you keep exceed your quota of {quota.bytes};"
+                " delete some adapters",
+                code="rate_limit_exceeded", field="files",
+            )  # fmt: skip
+
     def _check_room(self, blob: StagedBlob, owner: str, name: str, *, is_new: bool) -> None:
         limits = self.limits
         if is_new and self._registry.count_names() >= limits.max_adapters:
@@ -196,7 +257,7 @@ class AdapterStore:
             raise StoreFull(
                 f"{name!r} has its {limits.max_versions} versions; delete it first", code="store_full", field="name"
             )
-        known = self._registry.is_referenced(blob.digest)
+        known = self._registry.is_referenced_by(owner, blob.digest)  # who else has it is nobody's business
         if not known and self._registry.total_bytes() + blob.size > limits.max_total_bytes:
             raise StoreFull(
                 f"the store holds at most {limits.max_total_bytes} bytes of adapters; delete some",
@@ -206,7 +267,7 @@ class AdapterStore:
 
     # Reading.
 
-    def list(self, limit: int = 20, after: str | None = None, owner: str = DEFAULT_OWNER) -> Page:
+    def list(self, limit: int = 20, after: str | None = None, owner: str = LOCAL_TENANT) -> Page:
         """The newest versions of up to `limit` names that sort after `after`, a name or an `id`.
 
         Raises `InvalidAdapter` when `after` is neither.
@@ -218,7 +279,7 @@ class AdapterStore:
             found = self._registry.page(owner, start, limit + 1)
         return Page(found[:limit], len(found) > limit)
 
-    def get(self, name: str, version: int | None = None, *, owner: str = DEFAULT_OWNER) -> AdapterVersion:
+    def get(self, name: str, version: int | None = None, *, owner: str = LOCAL_TENANT) -> AdapterVersion:
         """The newest version of a name, or the one asked for. Raises `AdapterNotFound`."""
         _check_existing(name)
         with self._guard:
@@ -229,12 +290,12 @@ class AdapterStore:
             raise _not_found(name if version is None else f"{name}@{version}")
         return found
 
-    def ever_registered(self, name: str, *, owner: str = DEFAULT_OWNER) -> bool:
+    def ever_registered(self, name: str, *, owner: str = LOCAL_TENANT) -> bool:
         """Whether the name is registered or was deleted; a name that never was is False."""
         with self._guard:
             return self._registry.is_known(owner, name)
 
-    def versions(self, name: str, *, owner: str = DEFAULT_OWNER) -> Versions:
+    def versions(self, name: str, *, owner: str = LOCAL_TENANT) -> Versions:
         """All versions of a name, newest first. Raises `AdapterNotFound`."""
         _check_existing(name)
         with self._guard:
@@ -243,12 +304,77 @@ class AdapterStore:
             raise _not_found(name)
         return found
 
-    def resolve(self, model: str, *, owner: str = DEFAULT_OWNER) -> AdapterVersion:
-        """What a client's `model` means: `name` (its newest version) or `name@3`. Raises `AdapterNotFound`."""
-        name, at, version = model.partition("@")
-        if at and _VERSION_PATTERN.fullmatch(version) is None:
+    def resolve(self, model: str, *, tenant: str = LOCAL_TENANT) -> AdapterVersion:
+        """What `tenant` means by `model`: `name` (its own, newest version), `owner/name`, or either with `@3`.
+
+        Raises the same `AdapterNotFound` for what does not exist and for what this tenant may not use.
+        """
+        address, at, version = model.partition("@")
+        owner, slash, name = address.rpartition("/")
+        if not slash:
+            owner = tenant
+        names_fit = NAME_PATTERN.fullmatch(name) is not None and NAME_PATTERN.fullmatch(owner) is not None
+        if not names_fit or (at and VERSION_PATTERN.fullmatch(version) is None):
             raise _not_found(model)
-        return self.get(name, int(version) if at else None, owner=owner)
+        with self._guard:
+            found = self._registry.visible(tenant, owner, name, int(version) if at else None)
+        if found is None:
+            raise _not_found(model)
+        return found
+
+    def own(self, address: str, *, owner: str) -> AdapterVersion:
+        """The newest version of what `owner` calls `address` (`name` or `owner/name`) if it is its own.
+
+        Raises `AdapterNotFound`, the same for others' adapters, be they public or not there at all.
+        """
+        prefix, slash, name = address.rpartition("/")
+        if (slash and prefix != owner) or NAME_PATTERN.fullmatch(name) is None:
+            raise _not_found(address)
+        with self._guard:
+            found = self._registry.newest(owner, name)
+        if found is None:
+            raise _not_found(address)
+        return found
+
+    def by_key(self, key: str) -> AdapterVersion:
+        """The newest version of the adapter with this key, whoever may use it. Raises `AdapterNotFound`."""
+        owner, name = owner_and_name(key)
+        return self.get(name, owner=owner)
+
+    def visible(self, tenant: str, limit: int = 20, after: str | None = None) -> Page:
+        """The newest versions of what `tenant` may use: its own by name, then others' by owner and name.
+
+        `after` is the address that the last page ended with, a version included or not. Raises `InvalidAdapter` when
+        it is none.
+        """
+        owner, slash, name = (after or "").partition("@")[0].rpartition("/")
+        if any(part and NAME_PATTERN.fullmatch(part) is None for part in (owner, name)) or (slash and not owner):
+            shown = shorten(after or "", 130)
+            raise InvalidAdapter(f"`after` is {shown!r}, not a name", code="invalid_after", field="after")
+        with self._guard:
+            found = [] if slash else self._registry.page(tenant, name, limit + 1)
+            if len(found) <= limit:
+                found += self._registry.foreign_page(
+                    tenant, (owner, name) if slash else ("", ""), limit + 1 - len(found)
+                )
+        return Page(found[:limit], len(found) > limit)
+
+    def every(self, limit: int = 500, after: str | None = None) -> Page:
+        """The newest versions of everybody's adapters, in order of owner and name; `after` is a `key`."""
+        start = ("", "") if after is None else owner_and_name(after)
+        with self._guard:
+            found = self._registry.every_page(start, limit + 1)
+        return Page(found[:limit], len(found) > limit)
+
+    def visible_keys(self, tenant: str) -> frozenset[str]:
+        """Keys of every adapter that `tenant` may use and whose content is whole; the same until `generation` grows."""
+        with self._guard:
+            return frozenset(key_of(owner, name) for owner, name in self._registry.visible_names(tenant))
+
+    def usage(self, owner: str) -> StoreUsage:
+        """What one tenant keeps."""
+        with self._guard:
+            return StoreUsage(*self._registry.usage(owner))
 
     # Changing.
 
@@ -258,29 +384,43 @@ class AdapterStore:
         *,
         description: str | Unset | None = UNSET,
         examples: Sequence[str] | Unset | None = UNSET,
-        owner: str = DEFAULT_OWNER,
+        sharing: Sharing | None = None,
+        owner: str = LOCAL_TENANT,
     ) -> AdapterVersion:
-        """Changes the texts of a name; None removes one. Raises `AdapterNotFound`, `InvalidAdapter`."""
-        changes: Changes = {}
+        """Changes the texts of a name (None removes one), and who may use it (None leaves that).
+
+        Raises `AdapterNotFound`, `InvalidAdapter`.
+        """
+        changes: Texts = {}
         if not isinstance(description, Unset):
             changes["description"] = None if description is None else self._checked_description(description)
         if not isinstance(examples, Unset):
             changes["examples"] = None if examples is None else self._checked_examples(examples)
+        if sharing is not None:
+            sharing = self._checked_sharing(sharing)
         with self._guard:
             self.get(name, owner=owner)
-            with self._registry.transaction():
-                self._registry.describe(owner, name, changes)
+            try:
+                with self._registry.transaction():
+                    self._registry.describe(owner, name, changes)
+                    if sharing is not None:
+                        self._registry.share(owner, name, sharing)
+            finally:
+                self._generation += 1
             return self.get(name, owner=owner)
 
-    def delete(self, name: str, *, owner: str = DEFAULT_OWNER) -> Strings:
+    def delete(self, name: str, *, owner: str = LOCAL_TENANT) -> Strings:
         """Deletes a name with all its versions; returns the digests that nobody has any more.
 
         Their blobs leave the disk now, or when their last lease ends. Raises `AdapterNotFound`.
         """
         _check_existing(name)
         with self._guard:
-            with self._registry.transaction():
-                gone = self._registry.delete(owner, name)
+            try:
+                with self._registry.transaction():
+                    gone = self._registry.delete(owner, name)
+            finally:
+                self._generation += 1
             if gone is None:
                 raise _not_found(name)
             for digest in gone:
@@ -361,14 +501,40 @@ class AdapterStore:
 
     # Checking texts.
 
-    def _check_name(self, name: str) -> None:
+    def _checked_sharing(self, sharing: Sharing) -> Sharing:
+        """In order, without repetition. Says nothing of whether the tenants exist, which is not the owner's to know."""
+        tenants = tuple(sorted(set(sharing.shared_with)))
+        if sharing.visibility not in get_args(Visibility):
+            raise InvalidAdapter(
+                f"`visibility` is one of {', '.join(get_args(Visibility))}", code="invalid_visibility",
+                field="visibility",
+            )  # fmt: skip
+        if (sharing.visibility == "shared") != bool(tenants):
+            raise InvalidAdapter(
+                "`shared_with` names tenants exactly when `visibility` is `shared`", code="invalid_sharing",
+                field="shared_with",
+            )  # fmt: skip
+        if len(tenants) > self.limits.max_shares:
+            raise InvalidAdapter(
+                f"`shared_with` has {len(tenants)} tenants, the limit is {self.limits.max_shares}; make it public",
+                code="limit_exceeded", field="shared_with",
+            )  # fmt: skip
+        wrong = next((tenant for tenant in tenants if NAME_PATTERN.fullmatch(tenant) is None), None)
+        if wrong is not None:
+            raise InvalidAdapter(
+                f"`shared_with`: {shorten(wrong, 80)!r} is no tenant's name", code="invalid_sharing",
+                field="shared_with",
+            )  # fmt: skip
+        return Sharing(sharing.visibility, tenants)
+
+    def _check_name(self, name: str, owner: str) -> None:
         if NAME_PATTERN.fullmatch(name) is None:
             raise InvalidAdapter(
                 f"{shorten(name, 80)!r} is not a name: 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit",
                 code="invalid_name",
                 field="name",
             )
-        if name in self._reserved:
+        if name in self._reserved or f"{owner}/{name}" in self._reserved:
             raise AdapterConflict(f"{name!r} is reserved; choose another name", code="name_reserved", field="name")
 
     def _checked_description(self, text: str) -> str:

@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from loramux.adapters_store.errors import AdapterNotFound
 from loramux.adapters_store.registry import AdapterVersion
+from loramux.server.api.caller import Caller, From
 from loramux.server.api.errors import model_not_found
 from loramux.server.api.schemas.models import ModelCard, ModelList
 from loramux.server.api.state import ServerState, State, all_adapters
@@ -15,7 +16,7 @@ router = APIRouter()
 OWNER = "loramux"
 
 
-def _max_len(state: ServerState) -> int | None:
+def max_len(state: ServerState) -> int | None:
     """The context length; unknown before the engine was ready for the first time."""
     try:
         return state.engine.info.max_model_len
@@ -23,50 +24,56 @@ def _max_len(state: ServerState) -> int | None:
         return state.settings.max_model_len
 
 
-def _base_card(state: ServerState) -> ModelCard:
-    name = state.settings.base_name
+def _base_card(state: ServerState, id: str) -> ModelCard:
     return ModelCard(
-        id=name,
+        id=id,
         object="model",
         created=state.model_created,
         owned_by=OWNER,
-        root=name,
+        root=state.settings.base_name,
         parent=None,
-        max_model_len=_max_len(state),
+        max_model_len=max_len(state),
     )
 
 
-def _adapter_card(state: ServerState, id: str, version: AdapterVersion) -> ModelCard:
+def _adapter_card(state: ServerState, id: str, version: AdapterVersion, caller: Caller) -> ModelCard:
     return ModelCard(
         id=id,
         object="model",
         created=version.created_at,
-        owned_by=OWNER,
-        root=f"{version.name}@{version.version}",
+        owned_by=version.owner,
+        root=f"{version.address(caller.tenant)}@{version.version}",
         parent=state.settings.base_name,
-        max_model_len=_max_len(state),
+        max_model_len=max_len(state),
     )
 
 
+async def find_adapter(state: ServerState, model: str, caller: Caller) -> AdapterVersion:
+    """The adapter that the caller means by a model's name. Raises 404 `model_not_found`."""
+    try:
+        return await state.in_store(state.store.resolve, model, tenant=caller.tenant)
+    except AdapterNotFound:
+        raise model_not_found(model) from None
+
+
 @router.get("/v1/models", response_model=ModelList)
-async def list_models(state: State) -> Response:
-    """The base, then the newest version of every adapter."""
+async def list_models(state: State, caller: From) -> Response:
+    """The base by each of its names, then the newest version of every adapter of the caller's, its own first."""
 
     def build() -> str:
-        cards = [_adapter_card(state, version.name, version) for version in all_adapters(state.store)]
-        return ModelList(object="list", data=[_base_card(state), *cards]).json_text()
+        found = all_adapters(state.store, caller.tenant)
+        cards = [_adapter_card(state, version.address(caller.tenant), version, caller) for version in found]
+        bases = [_base_card(state, name) for name in state.settings.base_names]
+        return ModelList(object="list", data=[*bases, *cards]).json_text()
 
     return Response(await state.in_store(build), media_type="application/json")
 
 
 @router.get("/v1/models/{id:path}", response_model=ModelCard)
-async def get_model(id: str, state: State) -> Response:
-    """One model: the base, `name` or `name@version`. Base names may hold slashes, sent as such or as `%2F`."""
-    if id == state.settings.base_name:
-        card = _base_card(state)
+async def get_model(id: str, state: State, caller: From) -> Response:
+    """One model: the base, `name`, `owner/name`, or either with `@version`. Slashes are sent as such or as `%2F`."""
+    if id in state.settings.base_names:
+        card = _base_card(state, id)
     else:
-        try:
-            card = _adapter_card(state, id, await state.in_store(state.store.resolve, id))
-        except AdapterNotFound:
-            raise model_not_found(id) from None
+        card = _adapter_card(state, id, await find_adapter(state, id, caller), caller)
     return Response(card.json_text(), media_type="application/json")

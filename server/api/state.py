@@ -14,13 +14,16 @@ from fastapi import Depends, Request
 
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.adapters_store.store import AdapterStore
+from loramux.adapters_store.tenants import Tenants
+from loramux.server.api.admission import TenantGate
+from loramux.server.api.auth import KeyRing
 from loramux.server.api.auto.parts import RouterParts
 from loramux.server.api.auto.service import RouterService
 from loramux.server.api.auto.shadow import Shadow
 from loramux.server.api.errors import bad_request, unavailable
 from loramux.server.api.metrics import Metrics, StoreCounts
 from loramux.server.api.rendering import Renderer
-from loramux.server.engine.protocol import EngineClient, EngineError, EngineInfo
+from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineError, EngineInfo
 from loramux.server.settings import Settings
 
 P = ParamSpec("P")
@@ -45,15 +48,15 @@ async def in_thread(executor: Executor, call: Callable[[], T]) -> T:
         raise
 
 
-def all_adapters(store: AdapterStore) -> Iterator[AdapterVersion]:
-    """The newest version of every adapter, by name. Blocks."""
+def all_adapters(store: AdapterStore, tenant: str) -> Iterator[AdapterVersion]:
+    """The newest version of every adapter that a tenant may use, its own first. Blocks."""
     after: str | None = None
     while True:
-        page = store.list(limit=PAGE, after=after)
+        page = store.visible(tenant, limit=PAGE, after=after)
         yield from page.data
         if not page.has_more:
             return
-        after = page.data[-1].id
+        after = page.data[-1].address(tenant)
 
 
 def _blobs_on_disk(store: AdapterStore) -> StoreCounts:
@@ -64,26 +67,39 @@ def _blobs_on_disk(store: AdapterStore) -> StoreCounts:
 
 
 class AdapterNames:
-    """The name behind a digest, for what is shown to people: the engine knows digests only. Bounded, newest kept."""
+    """Which adapters, by key, a digest was used for: the engine knows digests only. Bounded, newest kept."""
 
     def __init__(self, limit: int = MAX_KNOWN_DIGESTS) -> None:
         self._limit = limit
-        self._names: OrderedDict[str, str] = OrderedDict()
+        self._keys: OrderedDict[str, dict[str, None]] = OrderedDict()
 
     def learn(self, version: AdapterVersion) -> None:
         """Called whenever a digest may reach the engine."""
-        self._names[version.digest] = version.name
-        self._names.move_to_end(version.digest)
-        while len(self._names) > self._limit:
-            self._names.popitem(last=False)
+        keys = self._keys.setdefault(version.digest, {})
+        keys.pop(version.key, None)
+        keys[version.key] = None
+        self._keys.move_to_end(version.digest)
+        while len(self._keys) > self._limit:
+            self._keys.popitem(last=False)
 
     def forget(self, digest: str) -> None:
         """The digest belongs to no adapter any more."""
-        self._names.pop(digest, None)
+        self._keys.pop(digest, None)
+
+    def drop(self, key: str) -> None:
+        """The adapter was deleted; others that have its content keep it."""
+        for digest, keys in list(self._keys.items()):
+            keys.pop(key, None)
+            if not keys:
+                del self._keys[digest]
 
     def of(self, digest: str) -> str | None:
-        """The name, if it is known."""
-        return self._names.get(digest)
+        """The key that it was used for last, if it is known."""
+        return next(reversed(self._keys.get(digest, {})), None)
+
+    def used(self, version: AdapterVersion) -> bool:
+        """Whether the content was used under this adapter's own name: who else has it is nobody's business."""
+        return version.key in self._keys.get(version.digest, {})
 
 
 @dataclass(slots=True)
@@ -92,7 +108,8 @@ class ServerState:
 
     `vocab_size` is the number of token ids the model knows, `model_created` the unix time that the base reports as
     its creation. `router` serves `auto`, None where routing is off; `shadow` compares it with requests that name their
-    model, if asked to. `pinned` maps names of adapters whose newest version stays on the device to the digest pinned
+    model, if asked to. `tenants` are the registry's keys and limits, `keys` what counts as a key, `gate` what each
+    tenant has under way. `pinned` maps keys of adapters whose newest version stays on the device to the digest pinned
     now.
     """
 
@@ -104,6 +121,9 @@ class ServerState:
     names: AdapterNames
     router: RouterService | None
     shadow: Shadow | None
+    tenants: Tenants
+    keys: KeyRing
+    gate: TenantGate
     vocab_size: int
     model_created: int
     store_threads: ThreadPoolExecutor
@@ -132,6 +152,16 @@ class ServerState:
         metrics = Metrics(
             engine, model_name=settings.base_name, max_adapters=settings.metrics_max_adapters, name_of=names.of
         )
+        store_threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store")
+        tenants = Tenants(store.registry_path)
+        keys = [key.get_secret_value() for key in settings.api_key]
+
+        def bound() -> int | None:
+            try:
+                return engine.info.max_num_seqs + settings.max_queue
+            except EngineDeadError:
+                return None
+
         router = None if routing is None else RouterService(routing, settings, engine, renderer, store)
         return cls(
             settings=settings,
@@ -144,7 +174,10 @@ class ServerState:
             shadow=Shadow(router, metrics) if router is not None and settings.router_shadow else None,
             vocab_size=vocab_size,
             model_created=model_created,
-            store_threads=ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="store"),
+            tenants=tenants,
+            keys=KeyRing(tenants, keys, settings.tenant_limits, store_threads.submit),
+            gate=TenantGate(bound),
+            store_threads=store_threads,
             upload_threads=ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="upload"),
         )
 
@@ -223,6 +256,8 @@ class ServerState:
         """Ends the threads and closes the store; nothing may use the state afterwards."""
         self.store_threads.shutdown(wait=True)
         self.upload_threads.shutdown(wait=True)
+        self.tenants.note_uses(self.keys.take_uses())
+        self.tenants.close()
         self.store.close()
 
 

@@ -5,15 +5,16 @@ disk nor a large file stops the event loop.
 """
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from loramux.adapters_store.registry import Sharing, Visibility
 from loramux.server.api.errors import bad_request
 from loramux.server.api.state import in_thread
 
@@ -22,7 +23,9 @@ OVERHEAD_BYTES = 1 << 20
 MAX_PARTS = 16
 MAX_PART_HEADERS = 8
 MAX_PART_HEADER_BYTES = 4096
-FIELD_LIMITS = {"name": 256, "description": 16 << 10, "examples": 512 << 10}
+FIELD_LIMITS = {
+    "name": 256, "description": 16 << 10, "examples": 512 << 10, "visibility": 16, "shared_with": 32 << 10,
+}  # fmt: skip
 FILES = "files"
 
 
@@ -61,7 +64,16 @@ class Form:
     @property
     def examples(self) -> list[str] | None:
         """Example prompts: a JSON list of strings. Raises a 400 for anything else."""
-        text = self.fields.get("examples")
+        return self._strings("examples", "Sort: d a c")
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """Who may use the adapter, if the client says; see `sharing_of`."""
+        return sharing_of(self.fields.get("visibility"), self._strings("shared_with", "another-team"))
+
+    def _strings(self, name: str, example: str) -> list[str] | None:
+        """A field that is a JSON list of strings. Raises a 400 for anything else."""
+        text = self.fields.get(name)
         if text is None or not text.strip():
             return None
         try:
@@ -70,9 +82,23 @@ class Form:
             value = None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise bad_request(
-                'examples must be a JSON list of strings, such as ["Sort: d a c"].', "examples", "invalid_value"
+                f"{name} must be a JSON list of strings, such as {json.dumps([example])}.", name, "invalid_value"
             )
         return value
+
+
+def sharing_of(visibility: str | None, shared_with: Sequence[str] | None) -> Sharing | None:
+    """Who may use an adapter, from the two fields of an upload or a change; None for neither.
+
+    `shared_with` alone is the visibility `shared`. Raises a 400 for a visibility that there is not; the store checks
+    the rest.
+    """
+    if visibility is None:
+        return None if shared_with is None else Sharing("shared", tuple(shared_with))
+    for known in get_args(Visibility):
+        if visibility == known:
+            return Sharing(known, tuple(shared_with or ()))
+    raise bad_request(f"visibility is one of {', '.join(get_args(Visibility))}.", "visibility", "invalid_value")
 
 
 class UploadParser:

@@ -17,10 +17,11 @@ from store_helpers import BASE, lora, safetensors, upload
 from loramux.adapters_store import store as store_module
 from loramux.adapters_store.digests import blob_path
 from loramux.adapters_store.limits import StoreLimits
+from loramux.adapters_store.registry import Sharing
 from loramux.adapters_store.store import AdapterStore
 
 CODE = str(Path(store_module.__file__).resolve().parent)
-FILES = {"store.py", "storage.py", "registry.py"}
+FILES = {"store.py", "storage.py", "registry.py", "schema.py"}
 LIMITS = StoreLimits(min_free_bytes=0)
 
 
@@ -44,6 +45,8 @@ def operate(root: Path, operation: str) -> None:
         upload(store, "c", weights=weights(3), description="new", piece=1 << 20)
     elif operation == "same content":
         upload(store, "a", weights=weights(1), description="new", piece=1 << 20)
+    elif operation == "share":
+        store.update("a", description="new", sharing=Sharing("shared", ("them", "others")))
     elif operation == "delete":
         store.delete("a")
     store.close()
@@ -71,12 +74,13 @@ def look(root: Path) -> dict[str, Any]:
     """What the next process finds; a damaged store raises."""
     store = AdapterStore(root, BASE, LIMITS)
     found = {v.id: [v.digest, v.description, v.status] for n in store.list().data for v in store.versions(n.name)}
+    shared = [v.name for v in store.visible("them").data if v.shared_with == ("others", "them")]
     digests = {v[0] for v in found.values()}
     stray = {p.name for p in store.blob_dir.iterdir()} ^ {blob_path(root, str(d)).name for d in digests}
     uploads = len(list((root / "uploads").iterdir()))
     usable = upload(store, "after", weights=weights(4)).created
     store.close()
-    return {"found": found, "stray": sorted(stray), "uploads": uploads, "usable": usable}
+    return {"found": found, "shared": shared, "stray": sorted(stray), "uploads": uploads, "usable": usable}
 
 
 def run(folder: Path, operation: str, points: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from loramux.adapters_store import store as store_module
 
 POINTS = 32
-OPERATIONS = ("new version", "new name", "same content", "delete")
+OPERATIONS = ("new version", "new name", "same content", "share", "delete")
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -47,9 +47,11 @@ def test_a_kill_leaves_the_state_before_or_after(killed: Runs, operation: str) -
             "new version": {"a@1": "new", "a@2": "new", "b@1": None},
             "new name": {"a@1": "old", "b@1": None, "c@1": "new"},
             "same content": {"a@1": "new", "b@1": None},
+            "share": {"a@1": "new", "b@1": None},
             "delete": {"b@1": None},
         }[operation]
         assert found in (before, after), run
+        assert run["shared"] == (["a"] if operation == "share" and found == after else [])
         states.append(found == after)
     assert sum(run["killed"] for run in runs) >= POINTS - 1
     assert states == sorted(states)  # once it is done it stays done

@@ -6,6 +6,7 @@ import pytest
 from store_helpers import BASE, upload
 
 from loramux.adapters_store.digests import blob_path
+from loramux.adapters_store.errors import AdapterNotFound
 from loramux.adapters_store.limits import StoreLimits
 from loramux.adapters_store.registry import NewVersion
 from loramux.adapters_store.store import AdapterStore
@@ -38,7 +39,16 @@ def statements(root: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> dict[
     store = AdapterStore(root, BASE, LIMITS)
     monkeypatch.undo()
     found = {"open": len(traced)}
+
+    def resolve_foreign() -> None:
+        with pytest.raises(AdapterNotFound):
+            store.resolve("default/a00030", tenant="other")
+
     calls = {
+        "visible": lambda: store.visible("default", limit=50, after="a00020"),
+        "foreign": lambda: store.visible("other", limit=50),
+        "resolve foreign": resolve_foreign,
+        "usage": lambda: store.usage("default"),
         "list": lambda: store.list(limit=50, after="a00020"),
         "resolve": lambda: store.resolve("a00030@1"),
         "lease": lambda: store.acquire_lease(f"sha256:{30:064x}"),
@@ -72,15 +82,23 @@ def test_listing_and_resolving_read_by_index(tmp_path: Path) -> None:
     store.resolve("a")
     store.resolve("a@1")
     store.versions("a")
+    store.resolve("default/a")
+    store.visible("default", limit=5)
+    store.visible_keys("default")
+    store.every(limit=5, after="a")
+    store.usage("default")
     store.delete("a")
     connection.set_trace_callback(None)
     plans = [
         step[3]
         for query in traced
-        if query.lstrip().startswith("SELECT") and "FROM adapters a" in query
+        if query.lstrip().startswith("SELECT")
+        and "FROM adapters a" in query
+        and "visibility = 'shared' AND" not in query
         for step in connection.execute(f"EXPLAIN QUERY PLAN {query}")
     ]
     assert len(plans) >= 9
-    assert not [step for step in plans if step.startswith("SCAN")]
+    # what is public is read whole, from an index of nothing else; what is shared with one tenant is sorted when read
+    assert {step for step in plans if step.startswith("SCAN")} <= {"SCAN a USING INDEX adapters_public"}
     assert not [step for step in plans if "TEMP B-TREE" in step]
     store.close()

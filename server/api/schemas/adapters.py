@@ -10,7 +10,10 @@ Tier = Literal["device", "host", "disk"]
 
 
 class Adapter(ResponseModel):
-    """One version of an adapter. `tier` is where its weights are now; `pinned` ones stay on the device."""
+    """One version of an adapter. `tier` is where its weights are now; `pinned` ones stay on the device.
+
+    `name` is what the caller calls it: `owner/name` for another tenant's. `shared_with` is shown to the owner alone.
+    """
 
     id: str
     object: Literal["adapter"]
@@ -29,6 +32,9 @@ class Adapter(ResponseModel):
     pinned: bool
     tier: Tier
     last_error: str | None
+    owner: str
+    visibility: str
+    shared_with: list[str] | None
 
 
 class AdapterList(ResponseModel):
@@ -51,8 +57,13 @@ class AdapterDeleted(ResponseModel):
 
 
 class AdapterPatch(RequestModel):
-    """What may change without a new version. Absent fields stay, null removes a text."""
+    """What may change without a new version. Absent fields stay, null removes a text.
+
+    `shared_with` is the whole list of tenants that may use the adapter, and makes it `shared`.
+    """
 
     description: Text | None = None
     examples: Annotated[list[Text], Field(max_length=MAX_PARTS)] | None = None
     pinned: bool | None = None
+    visibility: Literal["private", "shared", "public"] | None = None
+    shared_with: Annotated[list[Text], Field(min_length=1, max_length=MAX_PARTS)] | None = None

@@ -6,7 +6,8 @@ from loramux.server.api.schemas.common import ResponseModel
 
 
 class ModelCard(ResponseModel):
-    """The base, or one adapter: then `parent` is the base's name and `root` the version that the name means now."""
+    """The base, or one adapter: then `parent` is the base's name, `root` the version that the name means now, and
+    `owned_by` the tenant it belongs to."""
 
     id: str
     object: Literal["model"] = "model"
