@@ -6,22 +6,31 @@ bounded number of them have a label of their own.
 """
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
+from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from loramux import __version__
 from loramux.router.policy import Decision
 from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineStats
+from loramux.server.observability.record import current
 
 ShadowResult = Literal["agree", "disagree", "failed", "dropped"]
 Status = Literal["stop", "length", "abort", "error", "rejected"]
 
 OTHER = "other"
+MAX_DROPPED_LABELS = 4096
+_OPENMETRICS = "application/openmetrics-text"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LABELS = ("model_name", "engine")
 _TTFT = (
     .001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
@@ -37,6 +46,7 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 _LOAD = (
     .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30,
 )  # fmt: skip
+_ADAPTER_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # few: each adapter has a set
 _ROUTING = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -48,18 +58,36 @@ class StoreCounts:
     bytes: int = 0
 
 
+class EngineProcess(Protocol):
+    """What is to be seen of the engine from outside: its process's id while there is one, and how often it was started
+    again, by the reason (`died`, `stuck`)."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id."""
+
+    @property
+    def restarts(self) -> Mapping[str, int]:
+        """Restarts so far."""
+
+
 class AdapterLabels:
-    """Which adapters have a label of their own: the first `limit` that were asked for and not deleted since."""
+    """Which adapters have a label of their own: the first `limit` that were asked for and not deleted since.
+
+    A request that outlives its adapter must not bring the label back: it counts as `other`. A new adapter of that name
+    has a label again, for the requests that arrive after the deletion.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._statuses: dict[str, set[str]] = {}
+        self._dropped: OrderedDict[str, float] = OrderedDict()
 
-    def of(self, name: str) -> str:
-        """The adapter's label: its name while there is room, else `other`."""
+    def of(self, name: str, since: float) -> str:
+        """The label for a request that arrived at `since` (`time.monotonic`): the name, or `other` for lack of room."""
         if name in self._statuses:
             return name
-        if len(self._statuses) >= self._limit:
+        if len(self._statuses) >= self._limit or self._dropped.get(name, since - 1) >= since:
             return OTHER
         self._statuses[name] = set()
         return name
@@ -69,8 +97,12 @@ class AdapterLabels:
         if label in self._statuses:
             self._statuses[label].add(status)
 
-    def drop(self, name: str) -> set[str]:
+    def drop(self, name: str, now: float) -> set[str]:
         """Frees the adapter's place; returns the statuses of its series."""
+        self._dropped[name] = now
+        self._dropped.move_to_end(name)
+        while len(self._dropped) > MAX_DROPPED_LABELS:
+            self._dropped.popitem(last=False)
         return self._statuses.pop(name, set())
 
     def __contains__(self, name: object) -> bool:
@@ -144,6 +176,21 @@ class Metrics:
         self._adapter_generated = Counter(
             "loramux_generation_tokens", "Generated tokens by adapter.", ("adapter",), registry=requests
         )
+        self._adapter_ttft = Histogram(
+            "loramux_time_to_first_token_seconds", "Arrival to first token by adapter.", ("adapter",),
+            buckets=_ADAPTER_SECONDS, registry=requests,
+        )  # fmt: skip
+        self._adapter_latency = Histogram(
+            "loramux_request_latency_seconds", "Arrival to last token by adapter.", ("adapter",),
+            buckets=_ADAPTER_SECONDS, registry=requests,
+        )  # fmt: skip
+        self._http = Counter(
+            "loramux_http_requests", "HTTP requests by route and status.", ("method", "route", "status"),
+            registry=requests,
+        )  # fmt: skip
+        self._refused = Counter(
+            "loramux_http_refusals", "Connections and request heads that were refused.", ("status",), registry=requests
+        )
         self._routed = Counter(
             "loramux_router_decisions", "`auto` requests by what was chosen.", ("adapter",), registry=requests
         )
@@ -165,10 +212,41 @@ class Metrics:
             registry=requests,
         )
 
+    def watch_process(self, engine: EngineProcess) -> None:
+        """Adds what the system says of the API's process and of the engine's, and the engine's restarts."""
+        ProcessCollector(registry=self.registry)
+        # 0 is no process: its folder is missing, and so are the engine's series while there is no engine
+        ProcessCollector("loramux_engine", pid=lambda: engine.pid or 0, registry=self.registry)
+        self.registry.register(_RestartCollector(engine, self._labels))
+
+    def watch_connections(self, count: Callable[[], int], limit: int) -> None:
+        """Adds how many connections are open, and how many may be."""
+        self.registry.register(_ConnectionCollector(count, limit))
+
+    def answered(self, method: str, route: str, status: int) -> None:
+        """One HTTP request has ended; `route` is the path's pattern, never the path."""
+        self._http.labels(method if method in METHODS else "other", route, str(status)).inc()
+
+    def refused(self, status: int) -> None:
+        """A connection or a request's head was refused, before the application saw a request."""
+        self._refused.labels(str(status)).inc()
+
     def finished(
-        self, names: Iterable[str], status: Status, times: RequestTimes, *, prompt_tokens: int, generated_tokens: int
+        self,
+        names: Iterable[str],
+        status: Status,
+        times: RequestTimes,
+        *,
+        prompt_tokens: int,
+        generated_tokens: int,
+        cached_tokens: int = 0,
+        model: str | None = None,
     ) -> None:
-        """One sequence ended. `names` are its adapters, or the base's name; a fused set counts for each member."""
+        """One sequence ended. `names` are its adapters, or the base's name; a fused set counts for each member.
+
+        It goes into the record of the request that is being served, too; `model` is what the client asked for.
+        """
+        names = list(names)
         if times.first is not None and times.last is not None:
             self._ttft.observe(times.first - times.start)
             self._decode.observe(times.last - times.first)
@@ -183,21 +261,34 @@ class Metrics:
             self._generated.inc(generated_tokens)
             self._prompt_sizes.observe(prompt_tokens)
             self._answer_sizes.observe(generated_tokens)
+        seconds = time.monotonic() - times.start
         if status != "rejected":
-            self._e2e.observe(time.monotonic() - times.start)
+            self._e2e.observe(seconds)
             self._success.labels(**self._labels, finished_reason=status).inc()
         for name in names:
-            label = self._adapters.of(name)
+            label = self._adapters.of(name, times.start)
             self._adapters.used(label, status)
             self._requests.labels(label, status).inc()
             if times.first is not None:
                 self._adapter_prompt.labels(label).inc(prompt_tokens)
                 self._adapter_generated.labels(label).inc(generated_tokens)
+                self._adapter_ttft.labels(label).observe(times.first - times.start)
+                self._adapter_latency.labels(label).observe(seconds)
+        record = current()
+        if record is not None:
+            record.model = model or record.model
+            record.add_sequence(
+                names, status, prompt_tokens=prompt_tokens, cached_tokens=cached_tokens,
+                generated_tokens=generated_tokens, scheduled=times.scheduled, first_token=times.first,
+                last_token=times.last,
+            )  # fmt: skip
 
     def routed(self, decision: Decision, base_name: str) -> None:
         """One `auto` request was decided; a set counts for each member, no member for the base."""
+        record = current()
+        since = time.monotonic() if record is None else record.arrived
         for name in [name for name, _ in decision.chosen] or [base_name]:
-            self._routed.labels(self._adapters.of(name)).inc()
+            self._routed.labels(self._adapters.of(name, since)).inc()
         self._rungs.labels(decision.rung).inc()
         if decision.abstained:
             self._abstained.inc()
@@ -217,18 +308,29 @@ class Metrics:
 
     def forget_adapter(self, name: str) -> None:
         """Removes the series of an adapter that was deleted."""
-        if name not in self._adapters:
+        known = name in self._adapters
+        statuses = self._adapters.drop(name, time.monotonic())
+        if not known:
             return
-        for status in self._adapters.drop(name):
+        for status in statuses:
             self._requests.remove(name, status)
-        for series in (self._adapter_prompt, self._adapter_generated, self._routed):
+        for series in (
+            self._adapter_prompt, self._adapter_generated, self._adapter_ttft, self._adapter_latency, self._routed,
+        ):  # fmt: skip
             series.remove(name)
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """The text that is scraped and its content type, in the form that `accept` prefers."""
+        """The text that is scraped and its content type: OpenMetrics for those who accept it, else Prometheus' text.
+
+        Names are written as they are. The library's own negotiation turns their colons into underscores for every
+        scraper that does not ask for UTF-8 names, although colons were always allowed.
+        """
         self.take_events()
-        encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        _, content_type = choose_encoder(accept)
+        if content_type.startswith(_OPENMETRICS):
+            encode: Callable[..., bytes] = openmetrics.generate_latest
+            return encode(self.registry, ALLOWUTF8), f"{_OPENMETRICS}; version=1.0.0; charset=utf-8"
+        return generate_latest(self.registry, ALLOWUTF8), CONTENT_TYPE_PLAIN_0_0_4
 
 
 class _WithoutCreated(Collector):
@@ -242,6 +344,36 @@ class _WithoutCreated(Collector):
         for family in self._registry.collect():
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
             yield family
+
+
+class _RestartCollector(Collector):
+    """How often the engine was started again."""
+
+    def __init__(self, engine: EngineProcess, labels: Mapping[str, str]) -> None:
+        self._engine = engine
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter by reason."""
+        restarts = CounterMetricFamily(
+            "loramux_engine_restarts", "Engine processes that were replaced.", labels=[*self._labels, "reason"]
+        )
+        for reason, count in self._engine.restarts.items():
+            restarts.add_metric([*self._labels.values(), reason], count)
+        yield restarts
+
+
+class _ConnectionCollector(Collector):
+    """Open connections and their limit."""
+
+    def __init__(self, count: Callable[[], int], limit: int) -> None:
+        self._count = count
+        self._limit = limit
+
+    def collect(self) -> Iterator[Metric]:
+        """Two gauges."""
+        yield GaugeMetricFamily("loramux_http_connections", "Open connections.", value=self._count())
+        yield GaugeMetricFamily("loramux_http_connections_limit", "Connections that are served.", value=self._limit)
 
 
 class _EngineCollector(Collector):
@@ -286,6 +418,9 @@ class _EngineCollector(Collector):
         yield gauge("loramux_engine_up", "1 while the engine serves.", float(self._engine.state == "ready"))
         yield counter("loramux_adapter_evictions", "Adapters dropped from the device.", stats.adapter_evictions)
         yield from self._tiers(stats)
+        build = GaugeMetricFamily("loramux_build_info", "The server's version.", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
 
     def _from_info(self, stats: EngineStats) -> Iterator[Metric]:
         """What needs the engine to have been ready once: the cache's shape, and the adapters' whereabouts."""

@@ -9,19 +9,27 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loramux.server.api.connections import PROBES, too_large_head
 from loramux.server.api.context import attach
-from loramux.server.api.errors import internal_error
+from loramux.server.api.errors import APIError, internal_error
+from loramux.server.api.metrics import Metrics
+from loramux.server.observability.record import RequestRecord, serving
+from loramux.server.observability.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("loramux.access")
 
-PROBES = frozenset({"/health", "/ready", "/metrics"})
+MAX_HEADERS = 128
+MAX_LOGGED_PATH = 200
+UNMATCHED = "unmatched"
+CLIENT_LEFT = 499
 LINGER_BYTES = 16 << 20
 LINGER_SECONDS = 2.0
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -33,23 +41,41 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 class RequestMiddleware:
-    """Gives each request an id (the client's `x-request-id` if it is a plain one), logs it, and catches defects.
+    """Gives each request an id (the client's `x-request-id` if it is a plain one), bounds its head, counts it, logs it,
+    traces it, and catches defects.
 
-    The log line holds method, path, status, time and id: never a query, a body or a header.
+    `root_path` is the prefix under which a proxy serves this server; it is taken off paths that still have it. The
+    log line says what `RequestRecord` knows, with method, path and status: never a query, a body or a header.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        telemetry: Telemetry | None = None,
+        max_header_bytes: int,
+        root_path: str = "",
+    ) -> None:
         self._app = app
+        self._metrics = metrics
+        self._telemetry = telemetry
+        self._max_header_bytes = max_header_bytes
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application; an exception that reaches this point is logged with its trace and is a bare 500."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._root_path and scope["path"].startswith(self._root_path + "/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self._root_path)}
         start = time.monotonic()
         given = header(scope, b"x-request-id")
         id = given.decode() if given is not None and _CLIENT_ID.fullmatch(given) else uuid.uuid4().hex
-        attach(scope, id=id, arrived=start)
+        record = attach(scope, id=id, arrived=start)
+        traced = self._telemetry is not None and scope["path"] not in PROBES
+        span = self._telemetry.start(scope["headers"], start) if self._telemetry is not None and traced else None
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -60,20 +86,63 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            with serving(record):
+                if (refusal := self._head_refusal(scope)) is not None:
+                    await refusal.response()(scope, receive, send_with_id)
+                else:
+                    await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            status = 499
+            status = CLIENT_LEFT
         except Exception:
-            logger.exception("request %s failed", id)
+            logger.exception("request failed", extra={"fields": {"request_id": id}})
             if status:  # too late for an answer: the connection is cut
                 raise
             await internal_error().response()(scope, receive, send_with_id)
         finally:
-            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-            if access.isEnabledFor(level):
-                path = scope["path"][:200].encode("unicode_escape").decode()
-                seconds = time.monotonic() - start
-                access.log(level, '"%s %s" %d %.3fs %s', scope["method"], path, status or 499, seconds, id)
+            route = getattr(scope.get("route"), "path", UNMATCHED)
+            status = status or CLIENT_LEFT
+            self._metrics.answered(scope["method"], route, status)
+            trace_id = None
+            if span is not None:
+                trace_id = span.trace_id
+                span.end(record, method=scope["method"], route=route, status=status)
+            self._log(scope, record, status, time.monotonic() - start, trace_id)
+
+    def _head_refusal(self, scope: Scope) -> APIError | None:
+        """The 431 for a head that arrived whole and is larger, or has more fields, than is allowed."""
+        headers = scope["headers"]
+        if len(headers) > MAX_HEADERS:
+            return APIError(431, f"The request has more than {MAX_HEADERS} headers.", code="headers_too_large")
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in headers)
+        return too_large_head(self._max_header_bytes) if size > self._max_header_bytes else None
+
+    def _log(self, scope: Scope, record: RequestRecord, status: int, seconds: float, trace_id: str | None) -> None:
+        level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+        if not access.isEnabledFor(level):
+            return
+        fields: dict[str, Any] = {
+            "method": scope["method"],
+            "path": scope["path"][:MAX_LOGGED_PATH],
+            "status": status,
+            "seconds": seconds,
+            "request_id": record.id,
+            "tenant": record.tenant,
+            "trace_id": trace_id,
+        }
+        if record.finish_reasons:
+            fields |= {
+                "model": record.model,
+                "served": ",".join(record.served),
+                "finish_reason": ",".join(dict.fromkeys(record.finish_reasons)),
+                "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
+                "generated_tokens": record.generated_tokens,
+                "queue_seconds": record.queue_seconds,
+                "prefill_seconds": record.prefill_seconds,
+                "decode_seconds": record.decode_seconds,
+            }
+        access.log(level, "request", extra={"fields": fields})
 
 
 class BodyMiddleware:

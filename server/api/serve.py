@@ -5,9 +5,11 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from loramux.adapters_store.base_spec import BaseSpec, base_spec_from_config
 from loramux.adapters_store.errors import AdapterError, StoreUnavailableError
@@ -24,19 +27,23 @@ from loramux.adapters_store.store import AdapterStore
 from loramux.server.api.app import create_app
 from loramux.server.api.auto.ledger import LedgerError
 from loramux.server.api.auto.parts import RouterSetupError, prepare
+from loramux.server.api.connections import bounded
+from loramux.server.api.lora_modules import LoraModuleError, register_modules
 from loramux.server.api.rendering import Renderer, TokenizerError
 from loramux.server.api.state import ServerState
 from loramux.server.demo.assets import DemoAdapter, demo_adapters, demo_base_path
 from loramux.server.engine.client import ProcessEngineClient
 from loramux.server.engine.loading import UnsupportedModelError, load_config, resolve_model
 from loramux.server.engine.protocol import EngineError
+from loramux.server.observability import logs
+from loramux.server.observability.telemetry import Telemetry, TelemetryUnavailableError
 from loramux.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 COPY_BYTES = 1 << 20
-KEEP_ALIVE_SECONDS = 75
 GRACE_SECONDS = 10
+SPARE_FILES = 256  # for blobs, the registry, the engine's pipes
 
 
 class ServeError(Exception):
@@ -102,15 +109,21 @@ def assemble(settings: Settings) -> Parts:
     root = settings.store_root(structure_of(spec))
     limits = StoreLimits(max_upload_bytes=int(settings.adapter_max_bytes), max_adapters=settings.max_adapters)
     try:
-        store = AdapterStore(root, spec, limits)
+        store = AdapterStore(root, spec, limits, reserved_names=settings.base_names)
         demo = demo_adapters() if settings.model is None else []
         register(store, demo)
+        register_modules(store, settings.lora_modules)
+    except LoraModuleError as error:
+        raise ServeError(str(error)) from None
     except (AdapterError, StoreUnavailableError, sqlite3.Error, OSError) as error:
         raise ServeError(f"--store-dir {settings.store_dir}: {error}") from error
+    engine = ProcessEngineClient(
+        settings.to_engine_config(str(path), str(store.blob_dir)), step_timeout_seconds=settings.step_timeout_seconds
+    )
     try:
         state = ServerState.make(
             settings,
-            ProcessEngineClient(settings.to_engine_config(str(path), str(store.blob_dir))),
+            engine,
             store,
             renderer,
             routing=routing,
@@ -119,6 +132,7 @@ def assemble(settings: Settings) -> Parts:
         )
     except LedgerError as error:
         raise ServeError(f"--store-dir {settings.store_dir}: the router's {error}") from error
+    state.metrics.watch_process(engine)
     return Parts(state, demo)
 
 
@@ -127,6 +141,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
+        state.metrics.watch_connections(lambda: len(self.server_state.connections), state.settings.max_connections)
         self._state = state
         self._drain: asyncio.Task[None] | None = None
         self.failure: str | None = None
@@ -145,10 +160,10 @@ class Server(uvicorn.Server):
 
     @property
     def address(self) -> str:
-        """`http://host:port` as a client on this machine writes it."""
+        """`http://host:port` (or `https://`) as a client on this machine writes it."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-        return f"http://{host}:{port}"
+        return f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
 
     async def announce(self, write: Callable[[str], object], example: str) -> None:
         """Waits until requests are served, then writes the address and a first request. Ends a server that cannot."""
@@ -195,15 +210,37 @@ def greeting(state: ServerState, address: str, adapter: str) -> str:
     )
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, format: logs.LogFormat = "text") -> None:
     """One line per record on standard error."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr, force=True
-    )
-    for chatty in ("httpx", "httpcore", "huggingface_hub", "filelock"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    if level != "debug":
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logs.configure(level, format, process="api")
+
+
+def raise_file_limit() -> int:
+    """Lets the process open as many files (connections, blobs) as the system allows it; returns how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def make_telemetry(settings: Settings) -> Telemetry | None:
+    """What sends traces, if that is asked for. Raises `ServeError`."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        return Telemetry.to(settings.otlp_endpoint, service="loramux")
+    except TelemetryUnavailableError as error:
+        raise ServeError(str(error)) from None
+
+
+def check_certificate(settings: Settings) -> None:
+    """Raises `ServeError` for a certificate or key that cannot be used."""
+    if settings.ssl_certfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except (ssl.SSLError, OSError) as error:
+        raise ServeError(f"--ssl-certfile {settings.ssl_certfile}: cannot be used with its key ({error})") from None
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -219,29 +256,53 @@ def listen(settings: Settings) -> socket.socket:
         ) from None
 
 
-def serve(settings: Settings) -> int:
-    """Serves until a signal. Returns the exit status; raises `ServeError` when it cannot start."""
-    configure_logging(settings.log_level)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # decided once: the library warns and guesses otherwise
-    listener = listen(settings)
-    parts = assemble(settings)
-    config = uvicorn.Config(
-        create_app(parts.state),
+def server_config(state: ServerState, app: ASGIApp) -> uvicorn.Config:
+    """Uvicorn's part of the settings, for the application over `state`."""
+    settings = state.settings
+    return uvicorn.Config(
+        app,
         host=settings.host,
         port=settings.port,
-        http="h11",
+        http=bounded(
+            max_connections=settings.max_connections,
+            head_seconds=settings.header_timeout_seconds,
+            on_refusal=state.metrics.refused,
+        ),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        h11_max_incomplete_event_size=int(settings.max_header_bytes),
+        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a delay of the loop's, so any number
         timeout_graceful_shutdown=int(settings.drain_seconds) + GRACE_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
     )
-    server = Server(config, parts.state)
+
+
+def serve(settings: Settings) -> int:
+    """Serves until a signal. Returns the exit status; raises `ServeError` when it cannot start."""
+    configure_logging(settings.log_level, settings.log_format)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # decided once: the library warns and guesses otherwise
+    files = raise_file_limit()
+    if files < settings.max_connections + SPARE_FILES:
+        logger.warning(
+            "the system allows %d open files, too few for --max-connections %d: raise the limit (ulimit -n) or lower "
+            "the setting", files, settings.max_connections,
+        )  # fmt: skip
+    telemetry = make_telemetry(settings)
+    check_certificate(settings)
+    listener = listen(settings)
+    parts = assemble(settings)
+    server = Server(server_config(parts.state, create_app(parts.state, telemetry)), parts.state)
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        if settings.log_format == "json":  # for machines: one more record instead of a text for people
+            fields = {"address": server.address, "model": settings.base_name}
+            logger.info("serving", extra={"fields": fields})
+        else:
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     async def run() -> None:
         example = next((a.name for a in parts.demo if _resolves(parts.state.store, a.name)), "")

@@ -1,11 +1,17 @@
 """What is scraped: the gateway's names, histograms, and per-adapter series with a bound."""
 
+import asyncio
+import os
+
 import pytest
-from api.harness import BASE, Bench, in_process, make_bench, saying
+from api.harness import BASE, END, Bench, in_process, make_bench, saying
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from loramux import __version__
+from loramux.server.api.metrics import MAX_DROPPED_LABELS, OTHER, AdapterLabels, RequestTimes
 from loramux.server.engine.protocol import AdapterResidency, EngineError, EngineStats, QueueFullError, StepEvent
+from loramux.server.observability.record import RequestRecord, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -128,6 +134,110 @@ async def test_label_sets_are_bounded_and_cleaned(make) -> None:
     assert (await scrape(bench)).of("loramux_requests_total", adapter="d", status="stop") == 1
 
 
+async def test_latency_by_adapter(bench: Bench) -> None:
+    bench.put("a", 1)
+    bench.put("b", 2)
+    await bench.chat(model="a")
+    await bench.chat(adapters=[{"name": "a"}, {"name": "b"}])
+    await bench.chat()
+    found = await scrape(bench)
+    for name, count in (("a", 2), ("b", 1), (BASE, 1)):
+        for series in ("time_to_first_token", "request_latency"):
+            assert found.of(f"loramux_{series}_seconds_count", adapter=name) == count
+
+
+async def test_a_request_that_outlives_its_adapter_does_not_bring_its_label_back(bench: Bench) -> None:
+    bench.put("a", 1)
+    go = asyncio.Event()
+    bench.engine.script = lambda request: [[97], go.wait(), [END]]
+    running = asyncio.create_task(bench.chat(model="a"))
+    while not bench.engine.running:
+        await asyncio.sleep(0)
+    await bench.client.delete("/v1/adapters/a")
+    go.set()
+    assert (await running).status_code == 200
+    found = await scrape(bench)
+    assert found.of("loramux_requests_total", adapter="other", status="stop") == 1
+    assert not [s for s in found.samples if s.labels.get("adapter") == "a"]
+    bench.put("a", 1)
+    bench.engine.script = saying("x")
+    await bench.chat(model="a")  # a new adapter of that name is shown again
+    assert (await scrape(bench)).of("loramux_requests_total", adapter="a", status="stop") == 1
+
+
+def test_deleted_labels_are_remembered_within_a_bound() -> None:
+    labels = AdapterLabels(2)
+    for number in range(MAX_DROPPED_LABELS + 1):
+        labels.drop(f"n{number}", 5.0)
+    assert labels.of("n1", 5.0) == OTHER
+    assert labels.of("n0", 5.0) == "n0"  # forgotten: it may be shown
+    assert labels.of("n1", 6.0) == "n1"
+    assert labels.of("more", 9.0) == OTHER
+
+
+async def test_http_requests_by_route_and_status(bench: Bench) -> None:
+    bench.put("a", 1)
+    await bench.chat()
+    await bench.chat(model="nope")
+    await bench.client.get("/v1/models/a")
+    await bench.client.get("/v1/models/none")
+    await bench.client.get("/v1/nothing/to/be/found")
+    await bench.client.request("BREW", "/v1/models")
+    found = await scrape(bench)
+
+    def count(method: str, route: str, status: str) -> float | None:
+        return found.of("loramux_http_requests_total", method=method, route=route, status=status)
+
+    assert count("POST", "/v1/chat/completions", "200") == 1
+    assert count("POST", "/v1/chat/completions", "404") == 1
+    assert count("GET", "/v1/models/{id:path}", "200") == 1
+    assert count("GET", "/v1/models/{id:path}", "404") == 1
+    assert count("GET", "unmatched", "404") == 1
+    methods = {s["method"] for s in found.labels("loramux_http_requests_total")}
+    assert methods == {"GET", "POST", "other"}  # a client cannot make labels
+    assert not [s for s in found.samples if "/nothing" in str(s.labels)]
+
+
+async def test_the_record_of_a_request(bench: Bench) -> None:
+    times = RequestTimes(1.0, scheduled=1.5, first=2.0, last=4.0)
+    with serving(RequestRecord("id", 1.0)) as record:
+        for cached in (3, 4):
+            bench.state.metrics.finished(
+                ["a", "b"], "stop", times, prompt_tokens=10, generated_tokens=5, cached_tokens=cached, model="m"
+            )
+    assert (record.model, record.served, record.finish_reasons) == ("m", ("a", "b"), ["stop", "stop"])
+    assert (record.prompt_tokens, record.cached_tokens, record.generated_tokens) == (20, 7, 10)
+    assert (record.queue_seconds, record.prefill_seconds, record.decode_seconds) == (0.5, 0.5, 2.0)
+    assert record.token_seconds == [0.5, 0.5]
+
+
+class Process:
+    """An engine's process as the metrics see it."""
+
+    def __init__(self) -> None:
+        self.pid: int | None = os.getpid()
+        self.restarts = {"died": 2, "stuck": 0}
+
+
+async def test_processes_and_connections(bench: Bench) -> None:
+    process = Process()
+    bench.state.metrics.watch_process(process)
+    bench.state.metrics.watch_connections(lambda: 7, 9)
+    found = await scrape(bench)
+    for prefix in ("process", "loramux_engine_process"):
+        assert found.of(f"{prefix}_resident_memory_bytes") > 1 << 20
+        assert found.of(f"{prefix}_cpu_seconds_total") > 0
+        assert found.of(f"{prefix}_open_fds") > 0
+    assert found.of("loramux_engine_restarts_total", reason="died") == 2
+    assert found.of("loramux_engine_restarts_total", reason="stuck") == 0
+    assert (found.of("loramux_http_connections"), found.of("loramux_http_connections_limit")) == (7, 9)
+    assert found.of("loramux_build_info", version=__version__) == 1
+    process.pid = None
+    found = await scrape(bench)
+    assert found.of("loramux_engine_process_resident_memory_bytes") is None
+    assert found.of("process_resident_memory_bytes") is not None
+
+
 async def lora_info(bench: Bench) -> tuple[list[str], list[str]]:
     (labels,) = (await scrape(bench)).labels("vllm:lora_requests_info")
     assert labels["max_lora"] == "8"
@@ -193,6 +303,26 @@ async def test_content_negotiation(bench: Bench) -> None:
     assert response.text.endswith("# EOF\n")
     assert any(family.name == "vllm:num_requests_running" for family in parse_openmetrics(response.text))
     assert "_created" not in plain.text
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",  # Prometheus 2
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=1.0.0;q=0.4",  # 3
+        "application/openmetrics-text", "text/plain;version=1.0.0;escaping=underscores", "text/plain;version=0.0.4",
+        "application/vnd.google.protobuf;q=0.7,text/plain;version=0.0.4;q=0.3", "*/*", "",
+    ],
+)  # fmt: skip
+async def test_every_scraper_gets_the_names_as_they_are(bench: Bench, accept: str) -> None:
+    await bench.chat()
+    response = await bench.client.get("/metrics", headers={"accept": accept})
+    is_open = "openmetrics" in response.headers["content-type"]
+    parse = parse_openmetrics if is_open else text_string_to_metric_families
+    assert is_open == ("openmetrics" in accept)
+    samples = {sample.name for family in parse(response.text) for sample in family.samples}
+    assert {"vllm:num_requests_running", "vllm:prompt_tokens_total", "vllm:iteration_tokens_total_count"} <= samples
+    assert "loramux_http_requests_total" in samples
 
 
 async def test_registries_are_apart(make, tmp_path) -> None:

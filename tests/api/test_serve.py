@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,11 +14,23 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
+import trustme
 from api.harness import END, TEMPLATE, Bench, FakeEngine, adapter_files, byte_tokenizer, make_bench
 from transformers import LlamaConfig
 
-from loramux.server.api.serve import ServeError, Server, assemble, find_model, greeting, register
+from loramux.server.api.connections import BoundedProtocol
+from loramux.server.api.serve import (
+    ServeError,
+    Server,
+    assemble,
+    check_certificate,
+    find_model,
+    greeting,
+    make_telemetry,
+    raise_file_limit,
+    register,
+    server_config,
+)
 from loramux.server.demo.assets import DemoAdapter
 from loramux.server.engine.protocol import EngineError
 from loramux.server.settings import load_settings
@@ -135,8 +148,7 @@ class Running:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.written: list[str] = []
-        config = uvicorn.Config(bench.app, port=0, http="h11", ws="none", log_config=None, timeout_graceful_shutdown=5)
-        self.server = Server(config, bench.state)
+        self.server = Server(server_config(bench.state, bench.app), bench.state)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -219,6 +231,59 @@ def test_a_signal_drains(running: Any) -> None:
         assert list(lines)[-1] == "data: [DONE]"
     made.thread.join(20)
     assert not made.thread.is_alive()
+
+
+def test_connections_are_served_by_the_bounded_h11_protocol(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, max_connections=7, header_timeout_seconds=3.0, max_header_bytes=2048)
+    config = server_config(bench.state, bench.app)
+    config.load()
+    protocol = config.http_protocol_class
+    assert issubclass(protocol, BoundedProtocol)
+    assert (protocol.max_connections, protocol.head_seconds) == (7, 3.0)
+    assert config.h11_max_incomplete_event_size == 2048
+    assert config.ws_protocol_class is None
+
+
+def test_connections_are_counted(running: Any) -> None:
+    made = running(max_connections=5)
+    while not made.written:
+        threading.Event().wait(0.01)
+    with httpx.Client(base_url=made.server.address) as client:
+        text = client.get("/metrics").text
+    assert "loramux_http_connections 1.0" in text
+    assert "loramux_http_connections_limit 5.0" in text
+
+
+def test_a_certificate_that_cannot_be_used_is_refused_at_start(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    paths = []
+    for name in "ab":
+        made = authority.issue_cert("localhost")
+        made.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
+        made.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        paths += [tmp_path / f"{name}.pem", tmp_path / f"{name}.key"]
+    (tmp_path / "no.pem").write_text("nothing")
+    both, key, _, other_key = paths
+    check_certificate(load_settings())
+    check_certificate(load_settings({"ssl_certfile": both}))
+    check_certificate(load_settings({"ssl_certfile": both, "ssl_keyfile": key}))
+    for cert, wrong in ((both, other_key), (tmp_path / "no.pem", key)):
+        with pytest.raises(ServeError, match="--ssl-certfile"):
+            check_certificate(load_settings({"ssl_certfile": cert, "ssl_keyfile": wrong}))
+
+
+def test_as_many_files_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+        assert raise_file_limit() == hard
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_no_telemetry_unless_asked_for() -> None:
+    assert make_telemetry(load_settings()) is None
 
 
 def test_importing_the_command_line_is_light() -> None:
