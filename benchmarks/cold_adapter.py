@@ -23,11 +23,11 @@ from pathlib import Path
 from gpu_engine import POLL_SECONDS, RANK, drain, make_core, start
 from gpu_models import LLAMA_8B, TINY_LLAMA, engine_model, write_adapters
 from gpu_timing import Bench, Deadline, Result, make_bench, ms, percent, unusable
-from latency import spread
 from report import environment, publish, table
 
 from loramux.adapters_store.digests import blob_path
 from loramux.kernels.cost import adapter_bytes
+from loramux.server.bench.latency import spread
 from loramux.server.engine.core import EngineCore
 
 BARS = {"host_to_device_seconds": 0.010, "disk_to_device_seconds": 0.060, "gap_growth": 0.20}

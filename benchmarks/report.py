@@ -9,6 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from loramux.server.bench.tables import table
+
+__all__ = ["environment", "publish", "table"]
+
 
 def environment() -> dict[str, Any]:
     """Machine, versions and date of this run; threads and card are torch's, None where it is missing or broken."""
@@ -37,19 +41,6 @@ def environment() -> dict[str, Any]:
         "threads": threads,
         "card": card,
     }
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows (the first is the heading) as aligned columns; the first column is left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
 
 
 def publish(result: dict[str, Any], out: Path | None) -> None:

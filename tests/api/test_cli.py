@@ -88,6 +88,45 @@ def test_key(live: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, capsys
     assert main(["adapters", "ls", "--url", bench.url]) == 0
 
 
+def test_pin_and_unpin(server: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "push", "skill", directory(tmp_path / "a"), "--pin"]) == 0
+    assert ", pinned" in capsys.readouterr().out
+    assert main(["adapters", "ls"]) == 0
+    assert "skill *" in capsys.readouterr().out
+    assert main(["adapters", "unpin", "skill"]) == 0
+    assert capsys.readouterr().out == "skill@1 is not pinned\n"
+    assert main(["adapters", "pin", "skill", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["pinned"] is True
+    assert [pinned for _, pinned in server.engine.pins] == [True, False, True]
+    assert main(["adapters", "pin", "nope"]) == 1
+
+
+def test_which_and_in_what_order(server: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, name in enumerate(("sql-a", "sql-b", "talk")):
+        server.put(name, seed)
+    server.put("sql-b", 9)
+
+    def listed(*flags: str) -> list[str]:
+        assert main(["adapters", "ls", "--json", *flags]) == 0
+        return [item["name"] for item in json.loads(capsys.readouterr().out)]
+
+    assert listed("sql-*") == ["sql-a", "sql-b"]
+    assert listed("--sort", "version")[0] == "sql-b"
+    assert listed("nothing") == []
+    for sort in ("name", "bytes", "rank", "created", "tier"):
+        assert sorted(listed("--sort", sort)) == ["sql-a", "sql-b", "talk"]
+
+
+def test_texts_from_elsewhere_steer_no_terminal(server: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    server.put("skill", description="\x1b[2Jgone\x07 [red]x[/red]\nnext", examples=["\x9b31m"])
+    assert main(["adapters", "ls"]) == 0
+    assert main(["adapters", "show", "skill"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x9b" not in out
+    assert "\\x1b[2Jgone\\x07 [red]x[/red] next" in out
+
+
 def test_pages(server: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         server.put(f"a{number}")
@@ -105,6 +144,49 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         timeout=120,
     )
+
+
+def test_a_reader_that_goes_away(server: Bench) -> None:
+    """As in `loramux adapters ls | head -1`: quiet, whatever there was to say."""
+    for number in range(40):
+        server.put(f"a{number}", description="x" * 4000)
+    for flags in ([], ["--json"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loramux.server.cli", "adapters", "ls", *flags], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, "LORAMUX_URL": server.url},
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+        process.stderr.close()
+
+
+def test_a_pipe_gets_whole_lines_without_colours(server: Bench) -> None:
+    server.put("skill", description="word " * 100)
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "FORCE_COLOR")}
+    done = subprocess.run(
+        [sys.executable, "-m", "loramux.server.cli", "adapters", "ls"], capture_output=True, text=True, timeout=60,
+        env={**environment, "LORAMUX_URL": server.url},
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert "\x1b" not in done.stdout
+    assert lines[1].split()[6:] == ["word"] * 100
+
+
+def test_commands_that_talk_to_a_server_start_without_torch() -> None:
+    code = "import sys, loramux.server.cli as cli; cli._parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_every_command_has_examples() -> None:
+    for command in (["adapters"], ["adapters", "push"], ["adapters", "pin"], ["chat"], ["bench"], []):
+        helped = run(*command, "--help")
+        assert helped.returncode == 0
+        assert "examples:" in helped.stdout
+        assert "exit status:" in helped.stdout
 
 
 def test_version_and_usage() -> None:

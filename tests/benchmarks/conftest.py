@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 
 FOLDER = str(Path(__file__).parents[2] / "benchmarks")
-NAMES = ("report", "workload", "http_client", "openai_stream", "latency", "serve")
+SCRIPTS = ("report", "serve")
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="session")
 def scripts() -> SimpleNamespace:
     """benchmarks/*.py as `python benchmarks/serve.py` imports them; the path and the short names are put back."""
-    before = {name: sys.modules.pop(name, None) for name in NAMES}
+    before = {name: sys.modules.pop(name, None) for name in SCRIPTS}
     sys.path.insert(0, FOLDER)
     try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+        return SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
     finally:
         sys.path.remove(FOLDER)
         for name, module in before.items():
@@ -38,30 +38,6 @@ def scripts() -> SimpleNamespace:
 def serve(scripts: SimpleNamespace) -> Any:
     """benchmarks/serve.py."""
     return scripts.serve
-
-
-@pytest.fixture(scope="session")
-def workload(scripts: SimpleNamespace) -> Any:
-    """benchmarks/workload.py."""
-    return scripts.workload
-
-
-@pytest.fixture(scope="session")
-def http_client(scripts: SimpleNamespace) -> Any:
-    """benchmarks/http_client.py."""
-    return scripts.http_client
-
-
-@pytest.fixture(scope="session")
-def openai_stream(scripts: SimpleNamespace) -> Any:
-    """benchmarks/openai_stream.py."""
-    return scripts.openai_stream
-
-
-@pytest.fixture(scope="session")
-def latency(scripts: SimpleNamespace) -> Any:
-    """benchmarks/latency.py."""
-    return scripts.latency
 
 
 @dataclass

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from loramux.server.bench import http_client, openai_stream
+
 EVENTS = [b'{"text": "caf\xc3\xa9 \xf0\x9f\x98\x80"}', b"two\nlines", b"[DONE]"]
 STREAM = b': hi\n\ndata: {"text": "caf\xc3\xa9 \xf0\x9f\x98\x80"}\n\nid: 3\ndata:two\ndata: lines\n\ndata: [DONE]\n\n'
 
@@ -16,7 +18,7 @@ def pieces(data: bytes, at: int) -> list[bytes]:
     return [data[:at], data[at:]]
 
 
-def parse_http(http_client: Any, parts: list[bytes]) -> tuple[Any, bytes]:
+def parse_http(parts: list[bytes]) -> tuple[Any, bytes]:
     response = http_client.HttpResponse()
     return response, b"".join(response.feed(part) for part in parts)
 
@@ -29,29 +31,29 @@ SIZED = b"HTTP/1.1 404 Not Found\r\ncontent-length: 17\r\n\r\nhello wor\r\nld 12
 
 
 @pytest.mark.parametrize(("raw", "status"), [(CHUNKED, 200), (SIZED, 404)])
-def test_a_response_may_arrive_in_any_pieces(http_client: Any, raw: bytes, status: int) -> None:
+def test_a_response_may_arrive_in_any_pieces(raw: bytes, status: int) -> None:
     body = b"hello wor\r\nld 123"
     for parts in [[raw], [bytes([b]) for b in raw], *(pieces(raw, at) for at in range(len(raw)))]:
-        response, got = parse_http(http_client, parts)
+        response, got = parse_http(parts)
         assert (response.status, got, response.done) == (status, body, True)
         response.close()
     for end in range(len(raw)):  # cut off anywhere, it is not done
-        response, _ = parse_http(http_client, [raw[:end]])
+        response, _ = parse_http([raw[:end]])
         assert not response.done
         with pytest.raises(http_client.ServingError, match="cut off"):
             response.close()
 
 
-def test_a_body_may_end_with_the_connection(http_client: Any) -> None:
-    response, got = parse_http(http_client, [b"HTTP/1.0 200 OK\r\n\r\nab", b"cd"])
+def test_a_body_may_end_with_the_connection() -> None:
+    response, got = parse_http([b"HTTP/1.0 200 OK\r\n\r\nab", b"cd"])
     assert (got, response.done) == (b"abcd", False)
     response.close()
     assert response.done
 
 
-def test_an_empty_body_is_done_at_once(http_client: Any) -> None:
+def test_an_empty_body_is_done_at_once() -> None:
     for head in (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", b"HTTP/1.1 204 No Content\r\n\r\n"):
-        assert parse_http(http_client, [head])[0].done
+        assert parse_http([head])[0].done
 
 
 @pytest.mark.parametrize(
@@ -66,20 +68,20 @@ def test_an_empty_body_is_done_at_once(http_client: Any) -> None:
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1" * 70000,
     ],
 )
-def test_what_is_not_http_is_refused(http_client: Any, raw: bytes) -> None:
+def test_what_is_not_http_is_refused(raw: bytes) -> None:
     with pytest.raises(http_client.ServingError, match="not HTTP"):
-        parse_http(http_client, [raw])
+        parse_http([raw])
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
-def test_events_may_arrive_in_any_pieces(openai_stream: Any, end: bytes) -> None:
+def test_events_may_arrive_in_any_pieces(end: bytes) -> None:
     raw = STREAM.replace(b"\n", end)
     for parts in [[raw], [bytes([b]) for b in raw], *(pieces(raw, at) for at in range(len(raw)))]:
         parser = openai_stream.EventParser()
         assert [event for part in parts for event in parser.feed(part)] == EVENTS
 
 
-def test_an_event_is_whole_only_with_its_empty_line(openai_stream: Any) -> None:
+def test_an_event_is_whole_only_with_its_empty_line() -> None:
     parser = openai_stream.EventParser()
     assert parser.feed(b"data: [DONE]\n") == []
     assert parser.feed(b"\n") == [b"[DONE]"]
@@ -87,13 +89,13 @@ def test_an_event_is_whole_only_with_its_empty_line(openai_stream: Any) -> None:
         parser.feed(b"data: " + b"a" * (openai_stream.EVENT_LIMIT + 1))
 
 
-def ask(serve: Any, fake: Any, handler: Any, **options: Any) -> Any:
+def ask(fake: Any, handler: Any, **options: Any) -> Any:
     """The outcome of one call to a server that does what `handler` says."""
     with fake(handler) as server:
-        call = serve.Call(0.0, "a", "/v1/completions", json.dumps({"max_tokens": 3, "prompt": [1, 2]}).encode())
-        outcome = serve.Outcome(call, due=0.0)
-        target = serve.find_target(server.url, api_key="secret")
-        asyncio.run(serve.ask(target, outcome, **{"timeout": 30.0, **options}))
+        call = openai_stream.Call(0.0, "a", "/v1/completions", json.dumps({"max_tokens": 3, "prompt": [1, 2]}).encode())
+        outcome = openai_stream.Outcome(call, due=0.0)
+        target = http_client.find_target(server.url, api_key="secret")
+        asyncio.run(openai_stream.ask(target, outcome, **{"timeout": 30.0, **options}))
         assert outcome.ended is not None
         assert [a.line for a in server.asked] == ["POST /v1/completions HTTP/1.1"]
         assert server.asked[0].headers["authorization"] == "Bearer secret"
@@ -114,23 +116,23 @@ def sending(*parts: bytes, head: bytes | None = None, then: Any = None) -> Any:
     return handler
 
 
-def test_a_correct_stream(serve: Any, fake: Any, wire: Any) -> None:
-    outcome = ask(serve, fake, wire.answer)
+def test_a_correct_stream(fake: Any, wire: Any) -> None:
+    outcome = ask(fake, wire.answer)
     assert (outcome.error, outcome.completed, outcome.finish_reason) == (None, True, "length")
     assert (outcome.prompt_tokens, outcome.usage_tokens, outcome.tokens, len(outcome.times)) == (2, 3, 3, 3)
     assert outcome.sent <= outcome.times[0] <= outcome.times[-1] <= outcome.done == outcome.ended
     assert outcome.ttft == outcome.times[0] - outcome.sent
 
 
-def test_packets_that_cut_characters_json_and_chunks(serve: Any, fake: Any, wire: Any) -> None:
+def test_packets_that_cut_characters_json_and_chunks(fake: Any, wire: Any) -> None:
     events = wire.text_event("é😀") + wire.text_event("日本", "stop") + b"data: [DONE]\n\n"
     body = b"".join(wire.chunk(events[i : i + 7]) for i in range(0, len(events), 7)) + b"0\r\n\r\n"
     raw = wire.HEAD + body
-    outcome = ask(serve, fake, sending(*(raw[i : i + 5] for i in range(0, len(raw), 5))))
+    outcome = ask(fake, sending(*(raw[i : i + 5] for i in range(0, len(raw), 5))))
     assert (outcome.error, outcome.tokens, outcome.finish_reason) == (None, 2, "stop")
 
 
-def test_chat_chunks_and_token_ids(serve: Any, fake: Any, wire: Any) -> None:
+def test_chat_chunks_and_token_ids(fake: Any, wire: Any) -> None:
     def event(delta: dict[str, Any], **rest: Any) -> bytes:
         chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": None, **rest}]}
         return wire.chunk(b"data:" + json.dumps(chunk).encode() + b"\r\n\r\n")
@@ -143,41 +145,41 @@ def test_chat_chunks_and_token_ids(serve: Any, fake: Any, wire: Any) -> None:
         event({}, finish_reason="stop"),
         wire.chunk(b"data: [DONE]\r\n\r\n") + b"0\r\n\r\n",
     ]
-    outcome = ask(serve, fake, sending(*parts, head=wire.HEAD))
+    outcome = ask(fake, sending(*parts, head=wire.HEAD))
     assert (outcome.error, len(outcome.times), outcome.token_ids, outcome.tokens) == (None, 3, 3, 3)
 
 
-def test_an_answer_without_text_has_its_end_as_first_token(serve: Any, fake: Any, wire: Any) -> None:
+def test_an_answer_without_text_has_its_end_as_first_token(fake: Any, wire: Any) -> None:
     body = wire.chunk(wire.text_event("", "stop")) + wire.chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-    outcome = ask(serve, fake, sending(body, head=wire.HEAD))
+    outcome = ask(fake, sending(body, head=wire.HEAD))
     assert (outcome.completed, outcome.times, outcome.ttft) == (True, [], outcome.seconds)
 
 
-def test_without_done_a_stream_is_cut_off_unless_it_may(serve: Any, fake: Any, wire: Any) -> None:
+def test_without_done_a_stream_is_cut_off_unless_it_may(fake: Any, wire: Any) -> None:
     parts = [wire.chunk(wire.text_event("a")), wire.chunk(wire.text_event("b", "stop")), b"0\r\n\r\n"]
-    assert ask(serve, fake, sending(*parts, head=wire.HEAD)).error == "cut off: no [DONE]"
-    outcome = ask(serve, fake, sending(*parts, head=wire.HEAD), need_done=False)
+    assert ask(fake, sending(*parts, head=wire.HEAD)).error == "cut off: no [DONE]"
+    outcome = ask(fake, sending(*parts, head=wire.HEAD), need_done=False)
     assert (outcome.error, outcome.tokens) == (None, 2)
 
 
-def test_without_finish_reason_a_stream_is_cut_off(serve: Any, fake: Any, wire: Any) -> None:
+def test_without_finish_reason_a_stream_is_cut_off(fake: Any, wire: Any) -> None:
     parts = [wire.chunk(wire.text_event("a")), wire.chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"]
     for need_done in (True, False):
-        outcome = ask(serve, fake, sending(*parts, head=wire.HEAD), need_done=need_done)
+        outcome = ask(fake, sending(*parts, head=wire.HEAD), need_done=need_done)
         assert outcome.error == "cut off: no finish_reason"
 
 
-def test_a_connection_that_closes_early(serve: Any, fake: Any, wire: Any) -> None:
+def test_a_connection_that_closes_early(fake: Any, wire: Any) -> None:
     parts = [wire.chunk(wire.text_event("a")), wire.chunk(wire.text_event("b", "stop"))]
     for need_done in (True, False):
-        outcome = ask(serve, fake, sending(*parts, head=wire.HEAD), need_done=need_done)
+        outcome = ask(fake, sending(*parts, head=wire.HEAD), need_done=need_done)
         assert outcome.error == "cut off: connection closed"
-    assert ask(serve, fake, sending()).error == "cut off: connection closed"
+    assert ask(fake, sending()).error == "cut off: connection closed"
 
 
-def test_what_happens_after_done_does_not_matter(serve: Any, fake: Any, wire: Any) -> None:
+def test_what_happens_after_done_does_not_matter(fake: Any, wire: Any) -> None:
     parts = [wire.chunk(wire.text_event("a", "stop")), wire.chunk(b"data: [DONE]\n\n")]
-    outcome = ask(serve, fake, sending(*parts, head=wire.HEAD))
+    outcome = ask(fake, sending(*parts, head=wire.HEAD))
     assert (outcome.error, outcome.ended) == (None, outcome.done)
 
 
@@ -188,8 +190,8 @@ async def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def test_a_reset_is_a_failure(serve: Any, fake: Any, wire: Any) -> None:
-    outcome = ask(serve, fake, sending(wire.chunk(wire.text_event("a")), head=wire.HEAD, then=reset))
+def test_a_reset_is_a_failure(fake: Any, wire: Any) -> None:
+    outcome = ask(fake, sending(wire.chunk(wire.text_event("a")), head=wire.HEAD, then=reset))
     assert outcome.error == "connection: ConnectionResetError"
     assert not outcome.completed
 
@@ -206,9 +208,9 @@ def test_a_reset_is_a_failure(serve: Any, fake: Any, wire: Any) -> None:
         (b'{"text": "\xff"}', "bad event", "text"),
     ],
 )
-def test_errors_inside_a_stream(serve: Any, fake: Any, wire: Any, event: bytes, kind: str, detail: str) -> None:
+def test_errors_inside_a_stream(fake: Any, wire: Any, event: bytes, kind: str, detail: str) -> None:
     parts = [wire.chunk(wire.text_event("a")), wire.chunk(b"data: " + event + b"\n\n"), b"0\r\n\r\n"]
-    outcome = ask(serve, fake, sending(*parts, head=wire.HEAD))
+    outcome = ask(fake, sending(*parts, head=wire.HEAD))
     assert (outcome.error, outcome.completed) == (kind, False)
     assert detail in outcome.detail
 
@@ -223,30 +225,30 @@ def test_errors_inside_a_stream(serve: Any, fake: Any, wire: Any, event: bytes, 
         (307, b"", ""),
     ],
 )
-def test_statuses(serve: Any, fake: Any, status: int, body: bytes, detail: str) -> None:
+def test_statuses(fake: Any, status: int, body: bytes, detail: str) -> None:
     raw = f"HTTP/1.1 {status} Words\r\nLocation: /x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    outcome = ask(serve, fake, sending(raw))
+    outcome = ask(fake, sending(raw))
     assert (outcome.error, outcome.detail) == (f"HTTP {status}", detail)
 
 
-def test_an_answer_in_one_piece_is_not_a_stream(serve: Any, fake: Any) -> None:
+def test_an_answer_in_one_piece_is_not_a_stream(fake: Any) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
-    assert ask(serve, fake, sending(raw)).error == "not a stream"
+    assert ask(fake, sending(raw)).error == "not a stream"
 
 
-def test_a_silent_server_times_out(serve: Any, fake: Any, wire: Any) -> None:
+def test_a_silent_server_times_out(fake: Any, wire: Any) -> None:
     async def silent(asked: Any, writer: asyncio.StreamWriter) -> None:
         writer.write(wire.HEAD)
         await asyncio.sleep(60)
 
-    assert ask(serve, fake, silent, timeout=0.2).error == "timeout"
+    assert ask(fake, silent, timeout=0.2).error == "timeout"
 
 
-def test_a_server_that_is_gone(serve: Any, fake: Any, wire: Any) -> None:
+def test_a_server_that_is_gone(fake: Any, wire: Any) -> None:
     with fake(wire.answer) as server:
-        target = serve.find_target(server.url)
-    outcome = serve.Outcome(serve.Call(0.0, "a", "/v1/completions", b"{}"), due=0.0)
-    asyncio.run(serve.ask(target, outcome, timeout=30.0))
+        target = http_client.find_target(server.url)
+    outcome = openai_stream.Outcome(openai_stream.Call(0.0, "a", "/v1/completions", b"{}"), due=0.0)
+    asyncio.run(openai_stream.ask(target, outcome, timeout=30.0))
     assert outcome.error == "connection: ConnectionRefusedError"
     with pytest.raises(ValueError, match="nothing listens"):
-        serve.find_target(server.url)
+        http_client.find_target(server.url)

@@ -10,6 +10,8 @@ import pytest
 from support.live import LiveServer, live_server
 from support.models import family_config, mixed_recipes, random_model, save_adapter, save_model
 
+from loramux.server.bench import workload
+
 NAMES = ["lora-0", "lora-1", "lora-2"]
 VOCABULARY = 262
 
@@ -33,7 +35,7 @@ def measure(serve: Any, capsys: pytest.CaptureFixture[str], server: LiveServer, 
     return status, json.loads(line), text
 
 
-def test_completions_by_rate(serve: Any, workload: Any, server: LiveServer, capsys: Any, tmp_path: Path) -> None:
+def test_completions_by_rate(serve: Any, server: LiveServer, capsys: Any, tmp_path: Path) -> None:
     out = tmp_path / "serve.json"
     options = ["--adapters", "lora-{i}", "--num-adapters", "3", "--rate", "50", "--cv", "2", "--return-token-ids"]
     status, result, text = measure(serve, capsys, server, *options, "--out", str(out))

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from loramux.server.bench import http_client, latency, load, openai_stream, workload
 
 SMALL = ["--input", "2:5", "--output", "2:4", "--warmup", "0", "--base", "base", "--rate", "0"]
 
@@ -25,7 +28,7 @@ def run(serve: Any, capsys: pytest.CaptureFixture[str], url: str, *options: str)
     return status, json.loads(line), text, err
 
 
-def test_the_trace_arrives_at_the_server(serve: Any, workload: Any, fake: Any, wire: Any, capsys: Any) -> None:
+def test_the_trace_arrives_at_the_server(serve: Any, fake: Any, wire: Any, capsys: Any) -> None:
     with fake(wire.answer) as server:
         options = [
             "--adapters", "lora-{i}", "--num-adapters", "4", "--requests", "12", "--concurrency", "3", "--ignore-eos",
@@ -190,20 +193,20 @@ def test_names_from_the_servers_list(serve: Any, fake: Any, wire: Any, capsys: A
     assert {name: row["requests"] for name, row in result["measured"]["adapters"].items()} == {"x": 2, "y": 2}
 
 
-def test_splitting_a_list_of_models(serve: Any) -> None:
+def test_splitting_a_list_of_models() -> None:
     flat = [{"id": "base"}, {"id": "x"}]
-    assert serve.names_in(flat, None) == ("base", ["x"])
-    assert serve.names_in(flat, "x") == ("x", ["base"])
+    assert load.names_in(flat, None) == ("base", ["x"])
+    assert load.names_in(flat, "x") == ("x", ["base"])
     nested = [{"id": "x", "parent": "base"}, {"id": "alias", "parent": None}, {"id": "base", "parent": None}]
-    assert serve.names_in(nested, "base") == ("base", ["x"])
-    assert serve.names_in(nested, None) == ("alias", ["x"])
+    assert load.names_in(nested, "base") == ("base", ["x"])
+    assert load.names_in(nested, None) == ("alias", ["x"])
     with pytest.raises(ValueError, match="--base"):
-        serve.names_in([{"id": "x", "parent": "base"}], None)
+        load.names_in([{"id": "x", "parent": "base"}], None)
 
 
 def test_choosing_names(serve: Any, tmp_path: Path) -> None:
     def choose(*options: str) -> Any:
-        return serve.choose_names(serve.parse(options), ["p", "q"])
+        return load.choose_names(serve.parse(options), ["p", "q"])
 
     file = tmp_path / "names"
     file.write_text("one\n\n two \nthree\n")
@@ -218,10 +221,10 @@ def test_choosing_names(serve: Any, tmp_path: Path) -> None:
             choose(*wrong)
 
 
-def test_words_for_chat_and_for_servers_without_token_ids(serve: Any, workload: Any) -> None:
+def test_words_for_chat_and_for_servers_without_token_ids(serve: Any) -> None:
     trace = workload.generate(workload.Workload(2, 0, rate=0.0))
     for options, field in ((["--endpoint", "chat"], "messages"), (["--prompt-tokens", "words"], "prompt")):
-        calls = serve.make_calls(serve.parse([*options, "--requests", "2"]), trace, "m", [])
+        calls = load.make_calls(serve.parse([*options, "--requests", "2"]), trace, "m", [])
         value = json.loads(calls[1].body)[field]
         text = value if field == "prompt" else value[0]["content"]
         assert text == workload.prompt_words(42, trace[1])
@@ -269,7 +272,7 @@ def test_other_machines_are_refused(serve: Any, monkeypatch: pytest.MonkeyPatch,
     assert "--allow-remote" in capsys.readouterr().err
 
 
-def test_a_name_that_also_leads_elsewhere_is_refused(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_also_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(0, 0, 0, "", ("127.0.0.1", 80)), (0, 0, 0, "", ("192.0.2.7", 80))]
     tried = []
 
@@ -284,9 +287,9 @@ def test_a_name_that_also_leads_elsewhere_is_refused(serve: Any, monkeypatch: py
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(socket, "create_connection", connect)
     with pytest.raises(ValueError, match=r"192\.0\.2\.7"):
-        serve.find_target("http://both.example")
+        http_client.find_target("http://both.example")
     assert tried == []
-    target = serve.find_target("https://both.example/x/v1", allow_remote=True)
+    target = http_client.find_target("https://both.example/x/v1", allow_remote=True)
     assert (target.host, target.port, target.address, target.prefix) == ("both.example", 443, "127.0.0.1", "/x")
     assert tried == [("127.0.0.1", 443)]
 
@@ -295,25 +298,27 @@ def test_a_name_that_also_leads_elsewhere_is_refused(serve: Any, monkeypatch: py
     "url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://u:p@127.0.0.1", "http://127.0.0.1/?a=1",
             "http://127.0.0.1:port"],
 )  # fmt: skip
-def test_what_is_no_address(serve: Any, url: str) -> None:
+def test_what_is_no_address(url: str) -> None:
     with pytest.raises(ValueError, match=r"address|Port"):
-        serve.find_target(url)
+        http_client.find_target(url)
 
 
-def test_a_key_cannot_add_headers(serve: Any) -> None:
+def test_a_key_cannot_add_headers() -> None:
     with pytest.raises(ValueError, match="key"):
-        serve.find_target("http://127.0.0.1:1", api_key="a\r\nX: y")
+        http_client.find_target("http://127.0.0.1:1", api_key="a\r\nX: y")
 
 
 def test_a_bare_image_has_all_that_is_imported(scripts: Any) -> None:
-    for module in vars(scripts).values():
-        tree = ast.parse(Path(module.__file__).read_text())
+    package = Path(load.__file__).parent
+    for path in [*package.glob("*.py"), *(Path(module.__file__) for module in vars(scripts).values())]:
+        tree = ast.parse(path.read_text())
         nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {n.name for node in nodes if isinstance(node, ast.Import) for n in node.names}
         names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-        optional = {"torch"} if module is scripts.report else set()
+        optional = {"torch"} if path.name == "report.py" else set()
         allowed = sys.stdlib_module_names | {"numpy"} | optional | vars(scripts).keys()
-        assert {name.partition(".")[0] for name in names} <= allowed
+        own = {name for name in names if re.match(r"loramux\.server\.bench(\.|$)", name)}
+        assert {name.partition(".")[0] for name in names - own} <= allowed, path.name
 
 
 def test_a_run_needs_no_torch(serve: Any, fake: Any, wire: Any) -> None:
@@ -327,7 +332,7 @@ def test_a_run_needs_no_torch(serve: Any, fake: Any, wire: Any) -> None:
     assert (result["environment"]["threads"], result["environment"]["card"]) == (None, None)
 
 
-def test_percentiles_are_numpys(latency: Any) -> None:
+def test_percentiles_are_numpys() -> None:
     values = np.random.RandomState(0).exponential(size=101).tolist()
     for n in (1, 2, 7, 101):
         found = latency.spread(values[:n])
@@ -338,37 +343,37 @@ def test_percentiles_are_numpys(latency: Any) -> None:
     assert set(latency.spread([]).values()) == {0, None}
 
 
-def test_jains_index(latency: Any) -> None:
+def test_jains_index() -> None:
     assert latency.jain([3.0, 3.0, 3.0]) == pytest.approx(1.0)
     assert latency.jain([5.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
     assert latency.jain([1.0, 3.0]) == pytest.approx(16 / 20)
     assert latency.jain([]) is latency.jain([0.0]) is None
 
 
-def outcome(serve: Any, adapter: str, sent: float, *times: float, **more: Any) -> Any:
+def outcome(adapter: str, sent: float, *times: float, **more: Any) -> Any:
     """A completed request unless told otherwise."""
     given = {"times": list(times), "finish_reason": "length", "ended": times[-1] if times else None, **more}
-    return serve.Outcome(serve.Call(0.0, adapter, "", b""), due=sent, sent=sent, **given)
+    return openai_stream.Outcome(openai_stream.Call(0.0, adapter, "", b""), due=sent, sent=sent, **given)
 
 
-def test_cold_joined_and_warm_uses(serve: Any, latency: Any) -> None:
+def test_cold_joined_and_warm_uses() -> None:
     first, second, third = (
-        outcome(serve, "a", 0.0, 2.0), outcome(serve, "a", 1.0, 2.5), outcome(serve, "a", 2.0, 2.1),
+        outcome("a", 0.0, 2.0), outcome("a", 1.0, 2.5), outcome("a", 2.0, 2.1),
     )  # fmt: skip
-    other, silent = outcome(serve, "b", 1.5, error="timeout", ended=9.0), outcome(serve, "b", 8.0, 8.5)
+    other, silent = outcome("b", 1.5, error="timeout", ended=9.0), outcome("b", 8.0, 8.5)
     uses = latency.by_use([first, second, other, third, silent])
     assert uses == {"cold": [first, other], "joined": [second, silent], "warm": [third]}
 
 
-def test_the_summary_of_known_outcomes(serve: Any, latency: Any) -> None:
-    run = serve.Run([], seconds=10.0, cpu_seconds=1.0)
+def test_the_summary_of_known_outcomes() -> None:
+    run = latency.Run([], seconds=10.0, cpu_seconds=1.0)
     run.outcomes = [
-        outcome(serve, "a", 0.0, 1.0, 2.0, 4.0, usage_tokens=4, prompt_tokens=7),
-        outcome(serve, "b", 1.0, 8.0, usage_tokens=1, prompt_tokens=3),
-        outcome(serve, "b", 2.0, 2.5, ended=3.0, error="timeout"),
-        outcome(serve, "b", 3.0),
+        outcome("a", 0.0, 1.0, 2.0, 4.0, usage_tokens=4, prompt_tokens=7),
+        outcome("b", 1.0, 8.0, usage_tokens=1, prompt_tokens=3),
+        outcome("b", 2.0, 2.5, ended=3.0, error="timeout"),
+        outcome("b", 3.0),
     ]
-    result = serve.summarise(run, slo_ttft=6.0)
+    result = latency.summarise(run, slo_ttft=6.0)
     assert result["requests"] == {
         "planned": 0, "sent": 4, "completed": 2, "failed": 1, "unfinished": 1, "without_text": 0, "without_usage": 0,
     }  # fmt: skip
@@ -383,13 +388,13 @@ def test_the_summary_of_known_outcomes(serve: Any, latency: Any) -> None:
     assert result["fairness"]["jain_tokens_per_second"] == pytest.approx(latency.jain(speeds))
     assert result["adapters"]["b"]["failed"] == 1
     assert result["client"]["cpu_share"] == 0.1
-    assert "1 more in the JSON" in serve.tables(result, 1)
+    assert "1 more in the JSON" in latency.tables(result, 1)
 
 
-def test_notes_warn_about_numbers_that_say_less(serve: Any) -> None:
-    run = serve.Run([], seconds=1.0, cpu_seconds=0.9)
-    run.outcomes = [outcome(serve, "a", 5.0, ended=6.0)]
+def test_notes_warn_about_numbers_that_say_less() -> None:
+    run = latency.Run([], seconds=1.0, cpu_seconds=0.9)
+    run.outcomes = [outcome("a", 5.0, ended=6.0)]
     run.outcomes[0].due = 1.0
-    assert len(serve.notes(serve.summarise(run, 6.0), rate=1.0)) == 4
-    assert len(serve.notes(serve.summarise(run, 6.0), rate=0.0)) == 3
-    assert serve.notes(serve.summarise(serve.Run([]), 6.0), rate=1.0) == []
+    assert len(latency.notes(latency.summarise(run, 6.0), rate=1.0)) == 4
+    assert len(latency.notes(latency.summarise(run, 6.0), rate=0.0)) == 3
+    assert latency.notes(latency.summarise(latency.Run([]), 6.0), rate=1.0) == []

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loramux.server.bench import workload
+
 MANY = 20000
 
 
-def test_a_seed_gives_the_numbers_of_s_loras_own_script(workload: Any) -> None:
+def test_a_seed_gives_the_numbers_of_s_loras_own_script() -> None:
     w = workload.Workload(requests=200, adapters=100, rate=2.0, alpha=0.3, cv=1.5)
     trace = workload.generate(w)
     legacy = np.random.RandomState(42)
@@ -29,7 +31,7 @@ def test_a_seed_gives_the_numbers_of_s_loras_own_script(workload: Any) -> None:
 
 
 @pytest.mark.parametrize("mix", ["slora", "distinct", "uniform", "skewed", "identical"])
-def test_equal_workloads_give_equal_traces(workload: Any, mix: str) -> None:
+def test_equal_workloads_give_equal_traces(mix: str) -> None:
     w = workload.Workload(requests=300, adapters=17, mix=mix)
     assert workload.generate(w) == workload.generate(w)
     assert workload.generate(w) != workload.generate(workload.Workload(requests=300, adapters=17, mix=mix, seed=43))
@@ -38,7 +40,7 @@ def test_equal_workloads_give_equal_traces(workload: Any, mix: str) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3, 1.0, 3.0])
-def test_adapters_follow_the_power_law(workload: Any, alpha: float) -> None:
+def test_adapters_follow_the_power_law(alpha: float) -> None:
     n = 50
     trace = workload.generate(workload.Workload(requests=MANY, adapters=n, alpha=alpha, rate=0))
     counts = Counter(r.adapter for r in trace)
@@ -47,7 +49,7 @@ def test_adapters_follow_the_power_law(workload: Any, alpha: float) -> None:
 
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 3.0])
-def test_gaps_have_the_rate_and_the_burstiness(workload: Any, cv: float) -> None:
+def test_gaps_have_the_rate_and_the_burstiness(cv: float) -> None:
     trace = workload.generate(workload.Workload(requests=MANY, adapters=3, rate=8.0, cv=cv))
     gaps = np.diff([0.0] + [r.at for r in trace])
     assert (gaps >= 0).all()
@@ -55,7 +57,7 @@ def test_gaps_have_the_rate_and_the_burstiness(workload: Any, cv: float) -> None
     assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.08)
 
 
-def test_lengths_are_uniform_and_exclude_the_upper_bound(workload: Any) -> None:
+def test_lengths_are_uniform_and_exclude_the_upper_bound() -> None:
     trace = workload.generate(workload.Workload(requests=MANY, adapters=0, input=(3, 7), output=(5, 6)))
     counts = Counter(r.input_tokens for r in trace)
     assert set(counts) == {3, 4, 5, 6}
@@ -64,11 +66,11 @@ def test_lengths_are_uniform_and_exclude_the_upper_bound(workload: Any) -> None:
     assert {r.adapter for r in trace} == {None}
 
 
-def test_rate_zero_is_all_at_once(workload: Any) -> None:
+def test_rate_zero_is_all_at_once() -> None:
     assert {r.at for r in workload.generate(workload.Workload(requests=9, adapters=2, rate=0))} == {0.0}
 
 
-def test_mixes_of_a_seed_differ_in_the_adapters_only(workload: Any) -> None:
+def test_mixes_of_a_seed_differ_in_the_adapters_only() -> None:
     def rest(mix: str) -> list[tuple[float, int, int]]:
         trace = workload.generate(workload.Workload(requests=64, adapters=64, mix=mix))
         return [(r.at, r.input_tokens, r.output_tokens) for r in trace]
@@ -77,7 +79,7 @@ def test_mixes_of_a_seed_differ_in_the_adapters_only(workload: Any) -> None:
 
 
 @pytest.mark.parametrize("requests", [1, 2, 3, 16, 17, 32, 1000])
-def test_group_sizes_are_punicas(workload: Any, requests: int) -> None:
+def test_group_sizes_are_punicas(requests: int) -> None:
     uniform = workload.group_sizes(requests, "uniform")
     assert (sum(uniform), len(uniform)) == (requests, math.ceil(math.sqrt(requests)))
     assert max(uniform) - min(uniform) <= 1
@@ -88,14 +90,14 @@ def test_group_sizes_are_punicas(workload: Any, requests: int) -> None:
     assert workload.group_sizes(requests, "identical") == [requests]
 
 
-def test_group_sizes_of_a_batch_of_32(workload: Any) -> None:
+def test_group_sizes_of_a_batch_of_32() -> None:
     assert workload.group_sizes(32, "skewed") == [11, 7, 5, 3, 2, 2, 1, 1]
     assert workload.group_sizes(32, "uniform") == [6, 6, 5, 5, 5, 5]
     with pytest.raises(ValueError, match="slora"):
         workload.group_sizes(32, "slora")
 
 
-def test_mixes_use_the_adapters_that_there_are(workload: Any) -> None:
+def test_mixes_use_the_adapters_that_there_are() -> None:
     def counts(mix: str, requests: int, adapters: int) -> list[int]:
         trace = workload.generate(workload.Workload(requests=requests, adapters=adapters, mix=mix))
         found = Counter(r.adapter for r in trace)
@@ -127,12 +129,12 @@ def test_mixes_use_the_adapters_that_there_are(workload: Any) -> None:
         ({"seed": -1}, "seed"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_by_name(workload: Any, wrong: dict[str, Any], field: str) -> None:
+def test_what_cannot_be_drawn_is_refused_by_name(wrong: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=field):
         workload.Workload(**{"requests": 5, "adapters": 2, **wrong})
 
 
-def test_prompts_have_the_length_and_repeat_only_themselves(workload: Any) -> None:
+def test_prompts_have_the_length_and_repeat_only_themselves() -> None:
     trace = workload.generate(workload.Workload(requests=50, adapters=2))
     ids = [workload.prompt_ids(42, r, 100, 200) for r in trace]
     assert ids == [workload.prompt_ids(42, r, 100, 200) for r in trace]

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from openai_stream import Call, Outcome
-from report import table
+from loramux.server.bench.openai_stream import Call, Outcome
+from loramux.server.bench.tables import table
 
 LATE_SECONDS = 0.1
 

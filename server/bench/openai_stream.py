@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from http_client import HEAD_LIMIT, HttpResponse, ServingError, Target, exchange
+from loramux.server.bench.http_client import HEAD_LIMIT, HttpResponse, ServingError, Target, exchange
 
 EVENT_LIMIT = 4 << 20
 

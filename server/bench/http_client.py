@@ -23,6 +23,10 @@ class ServingError(Exception):
         self.detail = detail
 
 
+class NotListeningError(ValueError):
+    """Nobody answers at an address."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A server: `address` is what is connected to, `host` what its certificate and the Host header say."""
@@ -51,8 +55,8 @@ class Target:
 def find_target(url: str, *, api_key: str | None = None, allow_remote: bool = False) -> Target:
     """The server at `url`, with or without a trailing /v1.
 
-    Raises ValueError for a URL that names no server, for one beyond this machine's loopback unless `allow_remote`,
-    and when nothing listens there.
+    Raises ValueError for a URL that names no server and for one beyond this machine's loopback unless `allow_remote`,
+    `NotListeningError` when nothing listens there.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
@@ -76,7 +80,7 @@ def find_target(url: str, *, api_key: str | None = None, allow_remote: bool = Fa
             continue
         tls = ssl.create_default_context() if parts.scheme == "https" else None
         return Target(parts.hostname, port, address, prefix, api_key, tls)
-    raise ValueError(f"nothing listens at {parts.hostname}:{port}")
+    raise NotListeningError(f"nothing listens at {parts.hostname}:{port}")
 
 
 class HttpResponse:
