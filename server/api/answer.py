@@ -1,8 +1,8 @@
-"""What the two endpoints' answers have in common: one piece or events, usage, and the order in which things end."""
+"""What the endpoints' answers have in common: one piece or events, usage, and the order in which things end."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -42,12 +42,16 @@ class Answer(ABC):
         """The events of one delta; none for one that shows nothing."""
 
     @abstractmethod
-    def usage_event(self) -> bytes:
-        """The event without choices that carries the whole usage."""
+    def closing(self) -> list[bytes]:
+        """The events after the last delta."""
 
     def _at_end(self) -> dict[str, Any]:
         """What a stream's last event says besides: the shadow's decision, which the first could not know."""
         return {} if self.selection.shadow is None else {"loramux": self.selection.served_by}
+
+    def _ending(self, usage_event: Callable[[], bytes]) -> list[bytes]:
+        """What chat and text completions end a stream with: the whole usage, if it was asked for, and `[DONE]`."""
+        return [usage_event(), DONE] if self._usage_at_end else [DONE]
 
     def _usage(self) -> dict[str, Any]:
         """The `usage` field of an event before the last: absent, null or the usage so far, as the client chose."""
@@ -61,9 +65,8 @@ class Answer(ABC):
         async for delta in deltas:
             for item in self.delta(delta):
                 yield item
-        if self._usage_at_end:
-            yield self.usage_event()
-        yield DONE
+        for item in self.closing():
+            yield item
 
     async def respond(self, request: Request, resources: AsyncExitStack, *, stream: bool) -> Response:
         """Runs the generation and answers.

@@ -5,16 +5,37 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from loramux import __version__
-from loramux.server.api import adapters, chat, completions, errors, models, ops, routing
-from loramux.server.api.auth import ApiKeys, AuthMiddleware
+from loramux.server.api import (
+    adapters,
+    admin,
+    chat,
+    completions,
+    console,
+    embeddings,
+    errors,
+    lora_modules,
+    models,
+    openapi,
+    ops,
+    refused,
+    responses,
+    routing,
+    tokenize,
+)
+from loramux.server.api.auth import AuthMiddleware
 from loramux.server.api.middleware import BodyMiddleware, RequestMiddleware
 from loramux.server.api.state import ServerState
 from loramux.server.api.uploads import OVERHEAD_BYTES
+from loramux.server.observability.telemetry import Telemetry
 
 EVENT_SECONDS = 1.0
 UPLOAD_PATH = "/v1/adapters"
+CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+CORS_EXPOSED = ("x-request-id", "x-loramux-adapters", "x-loramux-router-rung", "retry-after", "x-should-retry")
+CORS_SECONDS = 600
 
 
 async def _take_events(state: ServerState) -> None:
@@ -24,8 +45,8 @@ async def _take_events(state: ServerState) -> None:
         state.metrics.take_events()
 
 
-def create_app(state: ServerState) -> FastAPI:
-    """The application over the given parts. Its lifespan starts the engine, and stops it at the end.
+def create_app(state: ServerState, telemetry: Telemetry | None = None) -> FastAPI:
+    """The application over the given parts. Its lifespan starts the engine, and stops it and `telemetry` at the end.
 
     The application answers from the first moment: until the engine is ready, requests get a 503.
     """
@@ -44,6 +65,8 @@ def create_app(state: ServerState) -> FastAPI:
             await state.stop(drain_seconds=0.0)
             await state.stop_routing()
             state.close()
+            if telemetry is not None:
+                await asyncio.to_thread(telemetry.shutdown)
 
     app = FastAPI(
         title="loramux",
@@ -52,11 +75,16 @@ def create_app(state: ServerState) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": state.settings.root_path}] if state.settings.root_path else None,
     )
     app.state.server = state
-    for module in (chat, completions, models, adapters, routing, ops):
+    for module in (chat, completions, responses, embeddings, tokenize, models, adapters, lora_modules, admin, routing,
+                   ops, refused):  # fmt: skip
         app.include_router(module.router)
+    if state.settings.console == "on":
+        app.include_router(console.make_router(console.Console.load(state.settings.root_path)))
     errors.install(app)
+    app.openapi = openapi.describe(app)  # type: ignore[method-assign]
 
     def limit_of(path: str) -> int:
         if path == UPLOAD_PATH:
@@ -66,8 +94,22 @@ def create_app(state: ServerState) -> FastAPI:
         return int(state.settings.max_request_bytes)
 
     # the last one added is the outermost
-    keys = ApiKeys([key.get_secret_value() for key in state.settings.api_key])
-    app.add_middleware(AuthMiddleware, keys=keys)
+    app.add_middleware(AuthMiddleware, keys=state.keys, metrics_open=state.settings.metrics_open)
     app.add_middleware(BodyMiddleware, limit_of=limit_of, pause_seconds=state.settings.body_timeout_seconds)
-    app.add_middleware(RequestMiddleware)
+    if state.settings.cors_origin:  # before the keys: a browser asks for permission without one
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=state.settings.cors_origin,
+            allow_methods=CORS_METHODS,
+            allow_headers=["*"],
+            expose_headers=CORS_EXPOSED,
+            max_age=CORS_SECONDS,
+        )
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=state.metrics,
+        telemetry=telemetry,
+        max_header_bytes=int(state.settings.max_header_bytes),
+        root_path=state.settings.root_path,
+    )
     return app

@@ -1,5 +1,6 @@
 """`POST /v1/completions`."""
 
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -8,13 +9,24 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loramux.server.api.answer import Answer
+from loramux.server.api.caller import From
 from loramux.server.api.context import arrival, request_id
 from loramux.server.api.errors import bad_request
-from loramux.server.api.generation import Delta, Generation, check_request, check_token_ids, sampling_params
-from loramux.server.api.resolve import Query, select
+from loramux.server.api.generation import (
+    Delta,
+    Generation,
+    check_request,
+    check_token_ids,
+    count_choices,
+    sampling_params,
+)
+from loramux.server.api.logprobs import TokenScore, text_logprobs
+from loramux.server.api.resolve import Query, Selection, select
 from loramux.server.api.schemas.completions import Completion, CompletionChoice, CompletionRequest, Prompt
+from loramux.server.api.schemas.logprobs import TextLogprobs
 from loramux.server.api.state import ServerState, State
 from loramux.server.api.streaming import event
+from loramux.server.api.token_bytes import TokenBytes
 
 router = APIRouter()
 
@@ -23,25 +35,45 @@ ROUTED_TOKENS = 2048  # of a prompt in token ids the router sees the end
 
 
 @router.post("/v1/completions", response_model=Completion)
-async def create_completion(request: Request, body: CompletionRequest, state: State) -> Response:
+async def create_completion(request: Request, body: CompletionRequest, state: State, caller: From) -> Response:
     """Continues one prompt or several, each a choice, in one piece or as a stream of server-sent events."""
     check_request(body, state.vocab_size)
+    if body.max_tokens == 0 and not body.echo:
+        raise bad_request("max_tokens must be at least 1, or 0 with `echo: true`.", "max_tokens", "invalid_value")
     id = f"cmpl-{request_id(request)}"
     text = partial(_text, state, body.prompt[0]) if len(body.prompt) == 1 else None
-    query = Query(request_id(request), text, body.router, body.cache_salt or "")
+    query = Query(request_id(request), text, body.router, body.cache_salt or "", caller)
     async with AsyncExitStack() as resources:
         selection = await resources.enter_async_context(select(state, body.model, body.adapters, query))
-        state.require_engine()
-        prompts = [await _tokens(state, prompt) for prompt in body.prompt]
+        copies, keep = _copies(state, body)
+        prompts = [
+            await prompt_tokens(state, prompt, add_special_tokens=body.add_special_tokens is not False)
+            for prompt in body.prompt
+        ]
         sampling = [
             sampling_params(state, body, len(prompt), wanted=body.max_tokens, default=DEFAULT_MAX_TOKENS)
             for prompt in prompts
         ]
         generation = Generation(
-            state, selection, body, request_id=id, prompts=prompts, sampling=sampling, start=arrival(request)
-        )
-        answer = TextAnswer(id, selection, body, generation)
+            state, selection, body, request_id=id, prompts=prompts, sampling=sampling, start=arrival(request),
+            copies=copies, keep=keep, echo=bool(body.echo),
+        )  # fmt: skip
+        answer = TextAnswer(id, selection, body, generation, state.renderer.token_bytes)
         return await answer.respond(request, resources, stream=bool(body.stream))
+
+
+def _copies(state: ServerState, body: CompletionRequest) -> tuple[int, int]:
+    """How many answers each prompt gets, and how many of them are shown. Raises a 400 that names the field."""
+    n = count_choices(state, body.n or 1, len(body.prompt), "n")
+    if body.best_of is None:
+        return n, n
+    if body.best_of < n:
+        raise bad_request(f"best_of is {body.best_of}, but n is {n}: it is at least n.", "best_of", "invalid_value")
+    if body.stream and body.best_of > n:
+        raise bad_request(
+            "best_of above n cannot be streamed: the best is known at the end.", "best_of", "invalid_value"
+        )
+    return count_choices(state, body.best_of, len(body.prompt), "best_of"), n
 
 
 def _text(state: ServerState, prompt: Prompt) -> str:
@@ -53,22 +85,34 @@ def _text(state: ServerState, prompt: Prompt) -> str:
     return state.renderer.decode(last)
 
 
-async def _tokens(state: ServerState, prompt: Prompt) -> list[int]:
+async def prompt_tokens(
+    state: ServerState, prompt: Prompt, *, add_special_tokens: bool = True, field_name: str = "prompt"
+) -> list[int]:
     """The prompt as token ids. Raises a 400 for one without any, or with ids that the model does not have."""
     if isinstance(prompt, str):
-        token_ids = await state.renderer.text_tokens(prompt)
+        token_ids = await state.renderer.text_tokens(prompt, add_special_tokens=add_special_tokens)
     else:
         token_ids = prompt
-        check_token_ids(token_ids, state.vocab_size, "prompt")
+        check_token_ids(token_ids, state.vocab_size, field_name)
     if not token_ids:
-        raise bad_request("The prompt is empty: there is nothing to continue.", "prompt", "invalid_value")
+        raise bad_request("The text is empty: it has no tokens.", field_name, "invalid_value")
     return token_ids
 
 
 class TextAnswer(Answer):
-    """A text completion: one choice per prompt. With a single prompt its ids are on the answer too, as in chat."""
+    """A text completion: a prompt's choices, then the next one's. A single prompt's ids are on the answer, too."""
 
-    _opened: frozenset[int] = frozenset()
+    def __init__(
+        self, id: str, selection: Selection, body: CompletionRequest, generation: Generation, words: TokenBytes
+    ) -> None:
+        super().__init__(id, selection, body, generation)
+        self._want_logprobs = body.logprobs is not None
+        self._has_one_prompt = len(body.prompt) == 1
+        self._words = words
+        self._opened: frozenset[int] = frozenset()
+
+    def _logprobs(self, scores: Sequence[TokenScore]) -> TextLogprobs | None:
+        return text_logprobs(scores, self._words) if self._want_logprobs else None
 
     def _ids(self, index: int, token_ids: list[int]) -> dict[str, Any]:
         """The ids that a choice carries: `token_ids` always, `prompt_token_ids` when it is shown for the first time."""
@@ -81,7 +125,7 @@ class TextAnswer(Answer):
     def _top(self) -> dict[str, Any]:
         """The fields that the whole answer, or a stream's first event, carries besides its choices."""
         choices = self.generation.choices
-        ids = {"prompt_token_ids": list(choices[0].prompt)} if self._want_ids and len(choices) == 1 else {}
+        ids = {"prompt_token_ids": list(choices[0].prompt)} if self._want_ids and self._has_one_prompt else {}
         return {"loramux": self.selection.served_by, **ids}
 
     def whole(self) -> Completion:
@@ -90,7 +134,7 @@ class TextAnswer(Answer):
             CompletionChoice(
                 index=choice.index,
                 text="".join(choice.text),
-                logprobs=None,
+                logprobs=self._logprobs(choice.scores),
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
                 **self._ids(choice.index, choice.token_ids),
@@ -111,17 +155,19 @@ class TextAnswer(Answer):
 
     def delta(self, delta: Delta) -> list[bytes]:
         """See `Answer.delta`."""
-        if not delta.text and delta.finish_reason is None and not (self._want_ids and delta.token_ids):
+        shows = delta.text or delta.scores or delta.finish_reason is not None or (self._want_ids and delta.token_ids)
+        if not shows:
             return []
         ids = self._ids(delta.index, delta.token_ids)
         end: dict[str, Any] = {"stop_reason": delta.stop_reason} if delta.finish_reason is not None else {}
         choice = CompletionChoice(
-            index=delta.index, text=delta.text, logprobs=None, finish_reason=delta.finish_reason, **ids, **end
-        )
+            index=delta.index, text=delta.text, logprobs=self._logprobs(delta.scores),
+            finish_reason=delta.finish_reason, **ids, **end,
+        )  # fmt: skip
         top = self._top() if not self._opened else self._at_end() if delta.finish_reason is not None else {}
         self._opened |= {delta.index}
         return [self._chunk([choice], **top)]
 
-    def usage_event(self) -> bytes:
-        """See `Answer.usage_event`."""
-        return self._chunk([], usage=self.generation.usage)
+    def closing(self) -> list[bytes]:
+        """See `Answer.closing`."""
+        return self._ending(lambda: self._chunk([], usage=self.generation.usage))

@@ -1,29 +1,31 @@
 """Messages to a prompt, prompts to token ids, and what the model's own files say about sampling.
 
-Chat templates run in transformers' sandboxed Jinja environment. The tokenizer is the `tokenizers` library's; its
-batch call leaves the interpreter free while it works, so a long prompt in a thread does not stop the event loop.
+Chat templates run in a thread, in a sandbox with a time limit (`templates`). The tokenizer is the `tokenizers`
+library's; its batch call leaves the interpreter free while it works, so a long prompt in a thread does not stop the
+event loop.
 """
 
 import asyncio
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from loramux.server.api.detokenize import Detokenizer
 from loramux.server.api.errors import bad_request
+from loramux.server.api.templates import ChatTemplate, TemplateOptions, Turn
+from loramux.server.api.token_bytes import TokenBytes
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 INLINE_CHARS = 8192
+PLAIN = TemplateOptions()
 
 
 class TokenizerError(Exception):
@@ -38,6 +40,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any]) -> "SamplingDefaults":
@@ -58,17 +61,21 @@ class SamplingDefaults:
             top_p=number("top_p", 0, 1, neutral.top_p),
             top_k=int(number("top_k", 0, 1 << 31, neutral.top_k)),
             min_p=number("min_p", 0, 1, neutral.min_p),
+            repetition_penalty=number("repetition_penalty", 0.01, 100, neutral.repetition_penalty),
         )
 
 
 class Renderer:
-    """The tokenizer and the chat template of one model. Methods are safe from several threads at once."""
+    """The tokenizer and the chat template of one model. Methods are safe from several threads at once.
+
+    Raises `TokenizerError` for a chat template that is none.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         *,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
         special_tokens: Mapping[str, str] | None = None,
         defaults: SamplingDefaults | None = None,
         executor: Executor | None = None,
@@ -76,10 +83,13 @@ class Renderer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
-        self._template = chat_template
-        self._special_tokens = dict(special_tokens or {})
+        try:
+            self._template = None if chat_template is None else ChatTemplate(chat_template, special_tokens)
+        except TemplateSyntaxError as error:
+            raise TokenizerError(f"the chat template is wrong in line {error.lineno}: {error.message}") from None
         self._executor = executor
         self.defaults = defaults or SamplingDefaults()
+        self.token_bytes = TokenBytes(tokenizer)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -98,12 +108,10 @@ class Renderer:
         if not isinstance(backend, Tokenizer):
             raise TokenizerError(f"{model_path} has no fast tokenizer (tokenizer.json); convert it with transformers")
         template = chat_template.read_text(encoding="utf-8") if chat_template else tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
+        if isinstance(template, dict) and "default" not in template:
+            template = None
         config = model_path / "generation_config.json"
         generation = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if generation.get("repetition_penalty", 1.0) not in (None, 1, 1.0):
-            logger.warning("the model asks for repetition_penalty, which is not supported yet: not applied")
         return cls(
             Tokenizer.from_str(backend.to_str()),
             chat_template=template,
@@ -117,24 +125,14 @@ class Renderer:
         """Whether there is a chat template."""
         return self._template is not None
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt text up to where the assistant speaks. Raises a 400 with the template's own complaint."""
+    def render(self, messages: Sequence[Turn], options: TemplateOptions = PLAIN) -> str:
+        """The prompt's text. Blocks. Raises a 400 with the template's own complaint."""
         if self._template is None:
             raise bad_request(
                 "This model has no chat template: use /v1/completions, or start the server with --chat-template FILE.",
                 "messages", "no_chat_template",
             )  # fmt: skip
-        try:
-            texts, _ = render_jinja_template(
-                [[dict(message) for message in messages]],
-                chat_template=self._template, add_generation_prompt=True, **self._special_tokens,
-            )  # fmt: skip
-        except (TemplateError, TypeError, ValueError) as error:
-            raise bad_request(
-                f"The chat template refused the messages: {error}", "messages", "invalid_messages"
-            ) from None
-        text: str = texts[0]
-        return text
+        return self._template.render(messages, options)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids. `add_special_tokens` as the tokenizer does it (usually a leading begin mark)."""
@@ -142,29 +140,36 @@ class Renderer:
         ids: list[int] = encodings[0].ids
         return ids
 
-    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return self.encode(self.render(messages), add_special_tokens=False)
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Runs work on texts and tokens in a thread of the renderer's."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
-    async def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The prompt of a conversation; long ones are rendered and encoded in a thread."""
-        if sum(len(message["content"]) for message in messages) <= INLINE_CHARS:
-            return self._encode_chat(messages)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._encode_chat, messages)
-
-    async def text_tokens(self, text: str) -> list[int]:
-        """The prompt of a text completion."""
-        if len(text) <= INLINE_CHARS:
-            return self.encode(text, add_special_tokens=True)
+    async def chat_tokens(self, messages: Sequence[Turn], options: TemplateOptions = PLAIN) -> list[int]:
+        """The prompt of a conversation. Rendered and encoded in a thread: what a template does is not known."""
 
         def encode() -> list[int]:
-            return self.encode(text, add_special_tokens=True)
+            return self.encode(self.render(messages, options), add_special_tokens=options.add_special_tokens)
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of a prompt's tokens, special ones left out."""
-        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
+    async def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The prompt of a text completion; a long one is encoded in a thread."""
+
+        def encode() -> list[int]:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+
+        if len(text) <= INLINE_CHARS:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a prompt's tokens."""
+        texts: list[str] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return texts[0]
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own writing of each token; empty for an id that only the model has."""
+        return [self._tokenizer.id_to_token(token) or "" for token in token_ids]
 
     def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
         """The way back, for an answer to `prompt`."""

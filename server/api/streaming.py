@@ -1,6 +1,7 @@
 """Server-sent events, and what happens when the client leaves before the end."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import AsyncExitStack
@@ -26,6 +27,11 @@ DONE = b"data: [DONE]\n\n"
 def event(model: ResponseModel) -> bytes:
     """One event: `data: {json}` and an empty line."""
     return b"data: " + model.json_text().encode() + b"\n\n"
+
+
+def named_event(kind: str, fields: Mapping[str, Any]) -> bytes:
+    """One event with a name: `event: kind`, `data: {json}` and an empty line."""
+    return f"event: {kind}\ndata: {json.dumps(fields, ensure_ascii=False)}\n\n".encode()
 
 
 def error_event(error: APIError) -> bytes:

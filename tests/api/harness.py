@@ -22,6 +22,7 @@ from loramux.router.encoders.ngram import NgramEncoder
 from loramux.server.api.app import create_app
 from loramux.server.api.auto.parts import RouterParts
 from loramux.server.api.rendering import Renderer, SamplingDefaults
+from loramux.server.api.serve import server_config
 from loramux.server.api.state import ServerState
 from loramux.server.engine.protocol import (
     EngineDeadError,
@@ -31,6 +32,7 @@ from loramux.server.engine.protocol import (
     EngineStats,
     StepEvent,
 )
+from loramux.server.observability.telemetry import Telemetry
 from loramux.server.settings import Settings
 
 BEGIN, END, USER, ASSISTANT, SYSTEM = range(256, 261)
@@ -156,12 +158,20 @@ class FakeEngine:
                 self.aborted.append(request.request_id)
 
     async def _pool(self, request: EngineRequest) -> EngineOutput:
-        """A histogram of the prompt's tokens, once the gate is open: alike texts have alike states."""
+        """A histogram of the prompt's tokens, once the gate is open: alike texts have alike states.
+
+        Single tokens' states are one of `WIDTH` axes each, by the token's number.
+        """
         self.probes.append(request)
         if self.probe_gate is not None:
             await self.probe_gate.wait()
         if self.probe_error is not None:
             raise self.probe_error
+        assert request.pooling is not None
+        if request.pooling.tokens:
+            last = np.asarray(request.prompt_token_ids)[-request.pooling.tokens :]
+            states = np.stack([np.eye(WIDTH, dtype=np.float32)[last % WIDTH]] * len(request.pooling.layers))
+            return EngineOutput(request.request_id, (), "stop", embedding=states.tobytes())
         counts = np.bincount(np.asarray(request.prompt_token_ids) % STATES, minlength=STATES)
         means = (counts / len(request.prompt_token_ids)).astype(np.float32)
         return EngineOutput(request.request_id, (), "stop", embedding=means.tobytes())
@@ -258,10 +268,11 @@ def make_bench(
     template: str | None = TEMPLATE,
     defaults: SamplingDefaults | None = None,
     base_examples: Sequence[str] = (),
+    telemetry: Telemetry | None = None,
     **settings: Any,
 ) -> Bench:
     """A server's parts over a store in `root`."""
-    chosen = Settings(**{"model": None, "served_model_name": BASE, "store_dir": root, **settings})
+    chosen = Settings(**{"model": None, "served_model_name": BASE, "store_dir": root, "port": 0, **settings})
     store = AdapterStore(root / "store", base_spec(), StoreLimits(min_free_bytes=0))
     engine = FakeEngine()
     renderer = Renderer(byte_tokenizer(), chat_template=template, defaults=defaults)
@@ -270,7 +281,7 @@ def make_bench(
         chosen, engine, store, renderer, routing=parts if chosen.router == "on" else None, vocab_size=VOCAB,
         model_created=1_700_000_000,
     )  # fmt: skip
-    return Bench(engine, store, state, create_app(state))
+    return Bench(engine, store, state, create_app(state, telemetry))
 
 
 @asynccontextmanager
@@ -286,7 +297,7 @@ async def in_process(bench: Bench, **client: Any) -> AsyncIterator[Bench]:
 @contextmanager
 def listening(bench: Bench) -> Iterator[Bench]:
     """The bench behind a real socket, served by uvicorn in a thread of its own."""
-    config = uvicorn.Config(bench.app, host="127.0.0.1", port=0, http="h11", ws="none", log_config=None)
+    config = server_config(bench.state, bench.app)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -295,7 +306,7 @@ def listening(bench: Bench) -> Iterator[Bench]:
             raise RuntimeError("the server did not start")
         threading.Event().wait(0.005)
     host, port = server.servers[0].sockets[0].getsockname()
-    bench.url = f"http://{host}:{port}"
+    bench.url = f"{'https' if config.is_ssl else 'http'}://{host}:{port}"
     try:
         yield bench
     finally:

@@ -18,12 +18,14 @@ async def test_upload_and_use(bench: Bench) -> None:
     body = response.json()
     assert set(body) == {
         "id", "object", "name", "version", "digest", "status", "base_model", "rank", "target_modules", "bytes",
-        "created_at", "description", "examples", "warnings", "pinned", "tier", "last_error",
+        "created_at", "description", "examples", "warnings", "pinned", "tier", "last_error", "owner", "visibility",
+        "shared_with",
     }  # fmt: skip
     assert body["digest"].startswith("sha256:")
     assert (body["object"], body["name"], body["version"], body["status"]) == ("adapter", "skill", 1, "ready")
     assert (body["base_model"], body["rank"], body["last_error"], body["tier"]) == (BASE, 2, None, "disk")
     assert (body["description"], body["examples"]) == ("does things", ["do it", "now"])
+    assert (body["owner"], body["visibility"], body["shared_with"]) == ("default", "private", [])
     assert (await bench.chat(model="skill")).json()["loramux"]["adapters"][0]["version"] == 1
 
 
@@ -65,6 +67,11 @@ async def test_parts_in_any_order(bench: Bench) -> None:
         (lambda p: [*p, ("examples", (None, b'{"a": 1}'))], "examples", "JSON list"),
         (lambda p: [*p, ("examples", (None, b"[1]"))], "examples", "JSON list"),
         (lambda p: [*p, ("examples", (None, b"[" * 10_000))], "examples", "JSON list"),
+        (lambda p: [*p, ("shared_with", (None, b"them"))], "shared_with", "JSON list"),
+        (lambda p: [*p, ("shared_with", (None, b"[]"))], "shared_with", "exactly when"),
+        (lambda p: [*p, ("shared_with", (None, b'["../x"]'))], "shared_with", "no tenant's name"),
+        (lambda p: [*p, ("visibility", (None, b"secret"))], "visibility", "one of"),
+        (lambda p: [*p, ("visibility", (None, b"shared"))], "shared_with", "exactly when"),
         (lambda p: [*p, ("description", (None, b"\xff\xfe"))], "description", "UTF-8"),
         (lambda p: [*p, ("description", (None, b"x" * 20_000))], "description", "longer"),
         (lambda p: [*p, *[("files", (None, b"x"))] * 20], "files", "file name"),
@@ -185,6 +192,7 @@ async def test_get(bench: Bench) -> None:
 
 async def test_tiers(bench: Bench) -> None:
     digest = bench.put("skill").digest
+    await bench.chat(model="skill")
     for device, host, tier in ((True, True, "device"), (False, True, "host"), (False, False, "disk")):
         bench.engine.stats = EngineStats(adapters=(AdapterResidency(digest, device, host, False, 0, 10),))
         assert (await bench.client.get("/v1/adapters/skill")).json()["tier"] == tier

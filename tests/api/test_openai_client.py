@@ -75,7 +75,7 @@ def test_models(server: Bench, client: openai.OpenAI) -> None:
     [
         ({"model": "nope"}, openai.NotFoundError, "model_not_found"),
         ({"model": "auto", "extra_body": {"router": {"top_k": 0}}}, openai.BadRequestError, "invalid_value"),
-        ({"n": 2}, openai.BadRequestError, "unsupported_parameter"),
+        ({"modalities": ["audio"]}, openai.BadRequestError, "unsupported_parameter"),
         ({"max_tokens": 10_000}, openai.BadRequestError, "context_length_exceeded"),
         ({"extra_body": {"colour": 1}}, openai.BadRequestError, "unknown_parameter"),
     ],

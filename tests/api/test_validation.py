@@ -25,17 +25,14 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2), ("best_of", 2), ("logprobs", True), ("top_logprobs", 1), ("presence_penalty", 0.5),
-        ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}),
-        ("tools", [{"type": "function"}]),
+        ("best_of", 2), ("tools", [{"type": "function"}]),
         ("tool_choice", "required"), ("functions", [{}]), ("function_call", {"name": "f"}),
         ("response_format", {"type": "json_object"}), ("modalities", ["text", "audio"]), ("audio", {"voice": "a"}),
         ("prediction", {"type": "content"}), ("prompt_logprobs", 1), ("guided_json", {}), ("guided_regex", "a"),
         ("guided_choice", ["a"]), ("guided_grammar", "g"), ("structured_outputs", {"regex": "a"}),
         ("reasoning_effort", "low"),
         ("web_search_options", {}), ("use_beam_search", True), ("length_penalty", 2), ("bad_words", ["a"]),
-        ("allowed_token_ids", [1]), ("truncate_prompt_tokens", 5), ("chat_template", "x"), ("documents", [{}]),
-        ("continue_final_message", True), ("add_generation_prompt", False),
+        ("allowed_token_ids", [1]), ("truncate_prompt_tokens", 5),
     ],
 )  # fmt: skip
 async def test_what_is_not_supported_is_named(bench: Bench, field: str, value: Any) -> None:
@@ -46,10 +43,27 @@ async def test_what_is_not_supported_is_named(bench: Bench, field: str, value: A
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("echo", True), ("suffix", "x"), ("logprobs", 0), ("best_of", 3), ("n", 2)]
-)
+    ("field", "value"),
+    [
+        ("suffix", "x"), ("logprobs", 6), ("logprobs", True), ("logprobs", -1), ("best_of", 21), ("n", 9), ("n", 129),
+        ("best_of", 9), ("max_tokens", 0), ("echo", "yes"),
+    ],
+)  # fmt: skip
 async def test_completions_refuse_by_name_too(bench: Bench, field: str, value: Any) -> None:
     assert error_of(await bench.complete(**{field: value}))["param"] == field
+    assert not bench.engine.requests
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of"), ({"best_of": 2, "stream": True}, "best_of"),
+        ({"n": 8, "prompt": ["a"] * 17}, "n"), ({"suffix": "x", "echo": True}, "suffix"),
+    ],
+)  # fmt: skip
+async def test_choices_that_do_not_go_together(bench: Bench, body: dict[str, Any], param: str) -> None:
+    assert error_of(await bench.complete(**body))["param"] == param
+    assert not bench.engine.requests
 
 
 @pytest.mark.parametrize(
@@ -60,6 +74,14 @@ async def test_completions_refuse_by_name_too(bench: Bench, field: str, value: A
         ("temperature", True, "temperature"), ("top_p", 1.5, "top_p"), ("top_k", -2, "top_k"), ("top_k", 1.5, "top_k"),
         ("min_p", 2, "min_p"), ("seed", 1 << 63, "seed"), ("seed", "1", "seed"), ("max_tokens", 0, "max_tokens"),
         ("max_tokens", True, "max_tokens"), ("max_completion_tokens", -1, "max_completion_tokens"),
+        ("n", 0, "n"), ("n", 9, "n"), ("n", True, "n"), ("top_logprobs", 1, "top_logprobs"),
+        ("top_logprobs", 21, "top_logprobs"), ("logprobs", 1, "logprobs"),
+        ("presence_penalty", 2.1, "presence_penalty"), ("frequency_penalty", -2.1, "frequency_penalty"),
+        ("repetition_penalty", 0, "repetition_penalty"), ("repetition_penalty", 101, "repetition_penalty"),
+        ("logit_bias", {"a": 1}, "logit_bias"), ("logit_bias", {"-1": 1}, "logit_bias"),
+        ("logit_bias", {"05": 1}, "logit_bias"), ("logit_bias", {"9999": 1}, "logit_bias"),
+        ("logit_bias", {"9" * 5000: 1}, "logit_bias"), ("logit_bias", {"5": 101}, "logit_bias.5"),
+        ("logit_bias", {str(i): 1 for i in range(1025)}, "logit_bias"), ("logit_bias", [1], "logit_bias"),
         ("min_tokens", -1, "min_tokens"), ("stream", "yes", "stream"), ("model", "", "model"), ("model", 5, "model"),
         ("messages", [], "messages"), ("messages", "hi", "messages"), ("messages", [5], "messages[0]"),
         ("messages", [{"content": "hi"}], "messages[0].role"),
@@ -155,7 +177,6 @@ async def test_unknown_urls_and_methods(bench: Bench) -> None:
     error = error_of(await bench.client.get("/v1/nothing"), 404)
     assert error["code"] == "not_found"
     assert "/v1/nothing" in error["message"]
-    error_of(await bench.client.get("/"), 404)
     response = await bench.client.get("/v1/chat/completions")
     assert error_of(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"

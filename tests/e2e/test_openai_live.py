@@ -133,7 +133,7 @@ def test_errors_become_the_clients_exceptions(world: World) -> None:
         client.completions.create(model="base", prompt=[5] * 300, max_tokens=1)
     assert long.value.code == "context_length_exceeded"
     assert "256" in long.value.message
-    for extra in ({"n": 2}, {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"logprobs": True}):
+    for extra in ({"n": 9}, {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"top_logprobs": 1}):
         with pytest.raises(openai.BadRequestError) as unsupported:
             client.chat.completions.create(model="base", messages=MESSAGES, **extra)  # type: ignore[call-overload]
         assert unsupported.value.param == next(iter(extra))

@@ -14,7 +14,7 @@ def shown(field: str) -> str:
     if field == "store_dir":
         return "`~/.local/share/loramux`"
     value = info.default
-    if value is None or value == ():
+    if value in (None, (), ""):
         return ""
     human = getattr(value, "human_readable", None)
     return f"`{human(separator='') if human else value}`"

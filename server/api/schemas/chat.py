@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from loramux.server.api.schemas.common import (
@@ -18,8 +18,11 @@ from loramux.server.api.schemas.common import (
     Usage,
     neutral,
 )
+from loramux.server.api.schemas.logprobs import ChatLogprobs
+from loramux.server.api.schemas.prompts import TemplateFields
 
 MAX_MESSAGES = 2048
+MAX_TOP_LOGPROBS = 20
 
 
 def _only_text(kind: Any) -> Any:
@@ -71,9 +74,12 @@ class Message(RequestModel):
             return "\n".join(part.text for part in self.content)
         return self.content or ""
 
-    def for_template(self) -> dict[str, str]:
-        """What the chat template sees; `developer` is the newer word for `system`."""
-        turn = {"role": "system" if self.role == "developer" else self.role, "content": self.text()}
+    def for_template(self) -> dict[str, Any]:
+        """What the chat template sees; `developer` is the newer word for `system`. Parts stay parts."""
+        content: Any = self.text()
+        if isinstance(self.content, list):
+            content = [{"type": "text", "text": part.text} for part in self.content]
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.name is not None:
             turn["name"] = self.name
         return turn
@@ -84,15 +90,15 @@ def query_of(messages: Sequence[Message]) -> str:
     return next((m for m in reversed(messages) if m.role == "user"), messages[-1]).text()
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, TemplateFields):
     """The body. Without a limit the answer may fill the rest of the context."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
     parallel_tool_calls: Flag
 
-    logprobs: Annotated[Any, neutral(False)] = None
-    top_logprobs: Annotated[Any, neutral(0)] = None
+    logprobs: Flag
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: Annotated[Any, neutral([])] = None
     tool_choice: Annotated[Any, neutral("none", "auto")] = None
     functions: Annotated[Any, neutral([])] = None
@@ -103,12 +109,19 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: Annotated[Any, neutral()] = None
     verbosity: Annotated[Any, neutral()] = None
     web_search_options: Annotated[Any, neutral()] = None
-    documents: Annotated[Any, neutral([])] = None
-    chat_template: Annotated[Any, neutral()] = None
-    chat_template_kwargs: Annotated[Any, neutral({})] = None
-    add_generation_prompt: Annotated[Any, neutral(True)] = None
-    continue_final_message: Annotated[Any, neutral(False)] = None
-    add_special_tokens: Annotated[Any, neutral(False)] = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """They are shown inside `logprobs`."""
+        if value and not info.data.get("logprobs"):
+            raise ValueError("goes with `logprobs: true`")
+        return value
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See `GenerationRequest.wanted_logprobs`."""
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class AnswerMessage(ResponseModel):
@@ -124,7 +137,7 @@ class ChatChoice(ResponseModel):
 
     index: int
     message: AnswerMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
@@ -157,7 +170,7 @@ class ChatChunkChoice(ResponseModel):
 
     index: int
     delta: TurnDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None

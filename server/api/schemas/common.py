@@ -6,11 +6,20 @@ parameter is never silently ignored. `null` always means "not given".
 """
 
 import json
+from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 
 INT64_MAX = (1 << 63) - 1
 MAX_STOPS = 16
@@ -19,6 +28,10 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_WEIGHT = 1000.0
 MAX_PARTS = 1024
 MAX_CANDIDATES = 10_000
+MAX_BIASES = 1024
+MAX_ID_DIGITS = 10
+MAX_REPETITION = 100.0
+MAX_CHOICES = 128
 MAX_UNKNOWN_NULLS = 64
 MAX_SHOWN_NAME = 80
 
@@ -34,9 +47,28 @@ def valid_unicode(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(valid_unicode)]
 Flag = Annotated[bool | None, Field(default=None)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-def neutral(*values: Any) -> BeforeValidator:
+def _by_token_id(value: dict[str, float] | None) -> dict[str, float] | None:
+    """Raises ValueError for keys that are no token ids, which are decimal numbers in their one spelling."""
+    for key in value or ():
+        if not (key.isascii() and key.isdigit() and len(key) <= MAX_ID_DIGITS and str(int(key)) == key):
+            raise ValueError('has a key that is no token id; write {"token id": bias}')
+    return value
+
+
+@dataclass(frozen=True)
+class Neutral(BeforeValidator):
+    """A check that lets `values` through, which the OpenAPI document shows as all there is."""
+
+    values: tuple[Any, ...] = ()
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.values]}
+
+
+def neutral(*values: Any) -> "Neutral":
     """For a field that would change the answer and is not supported yet: null and `values` pass, others are a 400."""
 
     def check(value: Any) -> Any:
@@ -46,7 +78,7 @@ def neutral(*values: Any) -> BeforeValidator:
         remedy = " or send ".join(["leave it out", *(json.dumps(item) for item in values[:1])])
         raise PydanticCustomError("unsupported", "this value is not supported yet; {remedy}", {"remedy": remedy})
 
-    return BeforeValidator(check)
+    return Neutral(check, values=values)
 
 
 class RequestModel(BaseModel):
@@ -85,7 +117,7 @@ class AdapterWeight(RequestModel):
 class RouterParams(RequestModel):
     """How `model: "auto"` chooses; what each option means is `router.options.RouteOptions`, which checks the values.
 
-    `explain` adds the candidates' scores and the reason to the answer.
+    `explain` adds the reason to the answer.
     """
 
     policy: Text | None = Field(None, max_length=32)
@@ -112,12 +144,7 @@ class Bookkeeping(RequestModel):
 class Unsupported(RequestModel):
     """Declared so that the answer is a refusal by name and not a different text than was asked for."""
 
-    n: Annotated[Any, neutral(1)] = None
     best_of: Annotated[Any, neutral(1)] = None
-    presence_penalty: Annotated[Any, neutral(0)] = None
-    frequency_penalty: Annotated[Any, neutral(0)] = None
-    repetition_penalty: Annotated[Any, neutral(1)] = None
-    logit_bias: Annotated[Any, neutral({})] = None
     prompt_logprobs: Annotated[Any, neutral()] = None
     response_format: Annotated[Any, neutral({"type": "text"})] = None
     guided_json: Annotated[Any, neutral()] = None
@@ -139,7 +166,7 @@ class GenerationRequest(Bookkeeping, Unsupported):
 
     `temperature`, `top_p` and `top_k` default to the model's own generation settings. `top_k` -1 and 0 both mean
     "all tokens". `adapters` fuses several adapters over the base and goes with the base's name in `model`, `router`
-    goes with `auto`.
+    goes with `auto`. `logit_bias` is by token id.
     """
 
     model: Text = Field(min_length=1, max_length=512)
@@ -151,6 +178,11 @@ class GenerationRequest(Bookkeeping, Unsupported):
     top_k: int | None = Field(None, ge=-1, le=1 << 31)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-INT64_MAX - 1, le=INT64_MAX)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=1 / MAX_REPETITION, le=MAX_REPETITION)
+    logit_bias: Annotated[dict[str, Bias] | None, AfterValidator(_by_token_id)] = Field(None, max_length=MAX_BIASES)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
     max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
     min_tokens: int | None = Field(None, ge=0, le=INT64_MAX)
@@ -164,6 +196,21 @@ class GenerationRequest(Bookkeeping, Unsupported):
     stream_options: StreamOptions | None = None
     return_token_ids: Flag
     cache_salt: Text | None = Field(None, min_length=1, max_length=256)
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """What is added to tokens' logits."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Of how many tokens, besides the chosen one, the log-probabilities are wanted; None for none at all."""
+        return None
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """The same of the prompt's tokens."""
+        return None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -246,7 +293,7 @@ class ShadowReport(ResponseModel):
 
 
 class RouterReport(ResponseModel):
-    """What the router decided, and why. `scores` and `reason` come with `explain`, `shadow` with a named model.
+    """What the router decided, and why. `reason` comes with `explain`, `shadow` with a named model.
 
     No `chosen` adapter is the base; `abstained` says that candidates were scored and none reached the `threshold`.
     """

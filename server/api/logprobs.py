@@ -1,0 +1,96 @@
+"""Log-probabilities on their way out: from the engine's numbers to tokens with their place in the text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loramux.server.api.detokenize import Detokenizer
+from loramux.server.api.rendering import Renderer
+from loramux.server.api.schemas.logprobs import ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob
+from loramux.server.api.token_bytes import TokenBytes
+
+LEAST = -9999.0  # stands for minus infinity, which JSON does not have
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token, its log-probability (None for a prompt's first), the likeliest tokens, and where its text begins."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+    offset: int = 0
+
+
+def read_scores(token_ids: Sequence[int], raw: bytes) -> list[TokenScore]:
+    """The scores of tokens from the bytes of an `EngineOutput`; their offsets are not known yet."""
+    table = np.maximum(np.frombuffer(raw).reshape(len(token_ids), -1), LEAST).tolist()
+    return [
+        TokenScore(token, row[0], tuple((int(row[i]), row[i + 1]) for i in range(1, len(row), 2)))
+        for token, row in zip(token_ids, table, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as text, and what the model makes of its tokens where that is wanted."""
+
+    text: str = ""
+    scores: tuple[TokenScore, ...] = ()
+
+
+def read_echo(renderer: Renderer, prompt: Sequence[int], raw: bytes | None, *, skip_special_tokens: bool) -> Echo:
+    """The prompt as the model read it. Takes time in proportion to its length: not for the event loop."""
+    tokens: Detokenizer = renderer.detokenizer((), skip_special_tokens=skip_special_tokens)
+    pieces: list[str] = []
+    offsets, length = [], 0
+    for token in prompt:
+        offsets.append(length)
+        pieces.append(tokens.feed(token))
+        length += len(pieces[-1])
+    text = "".join(pieces) + tokens.flush()
+    if raw is None:
+        return Echo(text)
+    scores = [TokenScore(prompt[0], None), *read_scores(prompt[1:], raw)]
+    placed = [replace(score, offset=offset) for score, offset in zip(scores, offsets, strict=True)]
+    return Echo(text, tuple(placed))
+
+
+def _readable(data: bytes) -> str:
+    """A token's text; one that is no text by its bytes, as OpenAI writes it, so that no two are the same."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def text_logprobs(scores: Sequence[TokenScore], words: TokenBytes) -> TextLogprobs:
+    """What a text completion shows. `top_logprobs` has the token itself, too, however unlikely it was."""
+
+    def likeliest(score: TokenScore) -> dict[str, float] | None:
+        if score.logprob is None:
+            return None
+        return {_readable(words.of(token)): value for token, value in [(score.token_id, score.logprob), *score.top]}
+
+    return TextLogprobs(
+        tokens=[_readable(words.of(score.token_id)) for score in scores],
+        token_logprobs=[score.logprob for score in scores],
+        top_logprobs=[likeliest(score) for score in scores],
+        text_offset=[score.offset for score in scores],
+    )
+
+
+def chat_logprobs(scores: Sequence[TokenScore], words: TokenBytes) -> ChatLogprobs:
+    """What a chat completion shows; `bytes` are exact where `token` cannot be."""
+
+    def one(token: int, value: float) -> TopLogprob:
+        data = words.of(token)
+        return TopLogprob(token=data.decode(errors="replace"), logprob=value, bytes=list(data))
+
+    content = []
+    for score in scores:
+        first = one(score.token_id, LEAST if score.logprob is None else score.logprob)
+        top = [one(token, value) for token, value in score.top]
+        content.append(TokenLogprob(token=first.token, logprob=first.logprob, bytes=first.bytes, top_logprobs=top))
+    return ChatLogprobs(content=content, refusal=None)
