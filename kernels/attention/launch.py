@@ -70,7 +70,7 @@ def _float32_tiles(dim: int) -> tuple[TileConfig, TileConfig]:
     if dim <= 64:
         return TileConfig(32, 32, 8, 2), TileConfig(16, 32, 4, 2)
     if dim <= 128:
-        return TileConfig(16, 16, 4, 2), TileConfig(16, 16, 4, 2)
+        return TileConfig(16, 16, 4, 2), TileConfig(16, 16, 8, 2)
     return TileConfig(16, 32, 8, 1), TileConfig(16, 32, 8, 1)
 
 
@@ -79,12 +79,13 @@ def _half_tiles(dim: int, heads: int, capability: int) -> tuple[TileConfig, Tile
 
     Keys are found through a table, which takes stages of the pipeline: five give a decode two tiles ahead. Hopper's
     and data-centre Blackwell's matrix units read operands from shared memory; elsewhere they pass through registers,
-    and tiles are narrower for it.
+    and tiles are narrower for it. With heads of 64 on Blackwell, a fifth stage spills registers.
     """
     wide = capability // 10 in (9, 10)
     if dim <= 128:
         keys = 64 if wide or dim <= 64 else 32
-        return TileConfig(128, keys, 8, 5), TileConfig(min(64, heads), 64, 4, 5)
+        stages = 4 if capability // 10 == 10 and dim <= 64 else 5
+        return TileConfig(128, keys, 8, stages), TileConfig(min(64, heads), 64, 4, 5)
     return (
         TileConfig(128, 32, 8, 4) if wide else TileConfig(64, 32, 8, 3),
         TileConfig(min(32, heads), 32, 4, 5),

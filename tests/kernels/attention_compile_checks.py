@@ -1,6 +1,7 @@
 """Compiles the attention kernels without a card and reads the machine code. Collected by `test_attention_compile.py`,
 in a process without TRITON_INTERPRET, which would exclude compiling."""
 
+import itertools
 import re
 
 import pytest
@@ -31,7 +32,7 @@ PLAIN, FEATURES = (False, False, False), (True, True, True)
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Per program. Code for 8.0 must also fit cards of capability 8.6 and 8.9."""
 # Every entry of the table of tiles; float16's code is bfloat16's but for the instructions' type.
-VARIANTS = [
+SAMPLE = [
     (LLAMA, torch.bfloat16, 80, PLAIN),
     (LLAMA, torch.bfloat16, 90, PLAIN),
     (LLAMA, torch.bfloat16, 100, PLAIN),
@@ -43,6 +44,9 @@ VARIANTS = [
     (GEMMA, torch.float32, 80, FEATURES),
     (PHI, torch.bfloat16, 80, FEATURES),
 ]
+ALL = itertools.product((LLAMA, QWEN, GEMMA, PHI), (torch.bfloat16, torch.float32), (80, 90, 100), (PLAIN, FEATURES))
+VARIANTS = [*SAMPLE, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL if one not in SAMPLE)]
+"""The rest of the product only for `pytest -m slow`."""
 
 
 def machine_code(kernel, dtype, constants, config, capability: int) -> str:
@@ -131,7 +135,7 @@ def test_decode(shape: AttentionShape, dtype: torch.dtype, capability: int, feat
     check_products(machine_code(decode_kernel, dtype, constants, options, capability), dtype, "HMMA")
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("shape", [LLAMA, GEMMA], ids=ids)
 def test_reduce(shape: AttentionShape, capability: int) -> None:
     config = shape_config(shape, torch.bfloat16, capability)
@@ -148,7 +152,7 @@ def test_reduce(shape: AttentionShape, capability: int) -> None:
     machine_code(reduce_kernel, torch.bfloat16, constants, (4, 3), capability)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("shape", [LLAMA, PHI], ids=ids)
 def test_kv_write(shape: AttentionShape, capability: int) -> None:
     width = shape.kv_heads * shape.k_dim

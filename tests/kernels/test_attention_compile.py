@@ -5,11 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECKS = Path(__file__).with_name("attention_compile_checks.py")
 
 
-def test_attention_kernels_compile_for_cards() -> None:
+def run(*options: str, timeout: float) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)]
-    run = subprocess.run(command, cwd=CHECKS.parents[2], env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS), *options]
+    ended = subprocess.run(
+        command, cwd=CHECKS.parents[2], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_attention_kernels_compile_for_cards() -> None:
+    run("-m", "not slow", timeout=600)
+
+
+@pytest.mark.slow
+def test_every_shape_type_and_card_compiles() -> None:
+    run(timeout=3600)
