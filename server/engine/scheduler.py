@@ -16,8 +16,7 @@ from loramux.server.engine.batch import Batch
 from loramux.server.engine.blocks import BlockManager
 from loramux.server.engine.fair_queue import FairQueue
 from loramux.server.engine.sequence import Sequence
-from loramux.server.engine.step import Chunk as Chunk
-from loramux.server.engine.step import Ints, Step
+from loramux.server.engine.step import Chunk, Ints, Step
 
 LOOK_AHEAD = 8
 PROMPT_LOGIT_ROWS = 512

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import drain, request, tokens_of
-from support.models import family_config, mixed_recipes, random_model, save_adapter, save_model, write_blob
+from support.models import saved_llama
 
 from loramux.kernels.attention import kv_launch
 from loramux.kernels.attention import triton_backend as attention
@@ -98,12 +98,7 @@ def make_core(root: Path, blobs: Path, *, graphs: bool, **settings: Any) -> Engi
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
-    root = tmp_path_factory.mktemp("no_waiting")
-    model = random_model(family_config("llama"))
-    base = save_model(model, root / "base")
-    recipes = mixed_recipes(model)[:2]
-    digests = [write_blob(model, save_adapter(model, recipe, root / "adapters"), root / "blobs") for recipe in recipes]
-    return base, root / "blobs", digests
+    return saved_llama(tmp_path_factory.mktemp("no_waiting"), 2)
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["exact", "padded"])

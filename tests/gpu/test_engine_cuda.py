@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import drain, request, tokens_of
-from support.models import VOCAB, family_config, mixed_recipes, random_model, save_adapter, save_model, write_blob
+from support.models import VOCAB, saved_llama
 
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.core import EngineCore
@@ -22,12 +22,7 @@ SWITCHES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
-    root = tmp_path_factory.mktemp("engine_cuda")
-    model = random_model(family_config("llama"))
-    base = save_model(model, root / "base")
-    recipes = mixed_recipes(model)[:3]
-    digests = [write_blob(model, save_adapter(model, recipe, root / "adapters"), root / "blobs") for recipe in recipes]
-    return base, root / "blobs", digests
+    return saved_llama(tmp_path_factory.mktemp("engine_cuda"), 3)
 
 
 def make_core(places: tuple[Path, Path, list[str]], **settings: Any) -> EngineCore:

@@ -179,6 +179,15 @@ def write_blob(model: Any, adapter_dir: Path, blob_dir: Path) -> str:
     return digest
 
 
+def saved_llama(root: Path, adapters: int) -> tuple[Path, Path, list[str]]:
+    """A random Llama and the first so many of its mixed adapters in `root`: (base, blobs, the adapters' digests)."""
+    model = random_model(family_config("llama"))
+    base = save_model(model, root / "base")
+    recipes = mixed_recipes(model)[:adapters]
+    digests = [write_blob(model, save_adapter(model, recipe, root / "adapters"), root / "blobs") for recipe in recipes]
+    return base, root / "blobs", digests
+
+
 def greedy(model: Any, prompt: Sequence[int], tokens: int) -> list[int]:
     """Greedy continuation by transformers' own generate."""
     with torch.inference_mode():
