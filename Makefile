@@ -10,6 +10,7 @@ NODE   := build/node
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
+TEST_WORKERS ?= auto
 BENCH_PYTHON ?= python3
 BENCH_OUT    ?= build/bench-gpu.json
 
@@ -25,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 serve: $(STAMP)  ## the embedded demo (or ARGS="--model NAME ...") on HOST:PORT
 	$(BIN)/loramux serve --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(STAMP)  ## everything that needs no card
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+test: $(STAMP)  ## everything that needs no card, one file per worker (TEST_WORKERS=0: one after the other)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 $(BROWSER): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,console]'

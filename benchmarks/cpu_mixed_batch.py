@@ -5,7 +5,7 @@
 Sixteen requests of 64 prompt and 64 new tokens, float32, fresh prompts in every round, for
   * our base, and sixteen distinct rank-16 all-linear adapters in one batch, over HTTP;
   * transformers' `generate` on the base, and PEFT's `adapter_names` mixed batch;
-  * the floor: the matrix products that the batch cannot do without, and nothing else.
+  * the floor: the matrix products that the batch cannot do without, from blocked weights, and nothing else.
 The arms of a round follow one another, so that what else the machine does touches all of them; ratios are of medians.
 """
 
@@ -23,8 +23,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from report import environment, publish, table
 from server_process import Server, serve
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from loramux.server.engine.prepacked import PrepackedProduct
 
 REQUESTS, PROMPT, NEW = 16, 64, 64
 SAME = 0.95  # of the answers must be PEFT's, token for token
@@ -92,26 +93,27 @@ def our_run(server: Server, batch: list[list[int]], names: list[str]) -> tuple[f
         return time.perf_counter() - started, tokens
 
 
-def floor_run(weights: list[torch.Tensor], head: torch.Tensor) -> float:
+def floor_run(weights: list[tuple[torch.Tensor, PrepackedProduct]]) -> float:
     """Seconds of the base's matrix products alone: one prefill of all prompts, then NEW - 1 decode steps."""
     inputs = {
-        rows: {w.shape[1]: torch.randn(rows, w.shape[1]) for w in [*weights, head]}
-        for rows in (REQUESTS * PROMPT, REQUESTS)
+        rows: {w.shape[1]: torch.randn(rows, w.shape[1]) for w, _ in weights} for rows in (REQUESTS * PROMPT, REQUESTS)
     }
     with torch.inference_mode():
         started = time.perf_counter()
         for rows in [REQUESTS * PROMPT] + [REQUESTS] * (NEW - 1):
-            for weight in weights:
-                F.linear(inputs[rows][weight.shape[1]], weight)
-            F.linear(inputs[REQUESTS][head.shape[1]], head)
+            for weight, product in weights[:-1]:
+                product(inputs[rows][weight.shape[1]], weight, None)
+            head, product = weights[-1]
+            product(inputs[REQUESTS][head.shape[1]], head, None)
         return time.perf_counter() - started
 
 
-def floor_weights(config: LlamaConfig) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Random matrices of the model's shapes, the projections that share an input as one."""
+def floor_weights(config: LlamaConfig) -> list[tuple[torch.Tensor, PrepackedProduct]]:
+    """Random matrices of the model's shapes, the projections that share an input as one, the head last."""
     h, i = config.hidden_size, config.intermediate_size
     shapes = [(3 * h, h), (h, h), (2 * i, h), (h, i)] * config.num_hidden_layers
-    return [torch.randn(*shape) for shape in shapes], torch.randn(config.vocab_size, h)
+    weights = [torch.randn(*shape) for shape in [*shapes, (config.vocab_size, h)]]
+    return [(weight, PrepackedProduct(weight)) for weight in weights]
 
 
 def main() -> int:
@@ -124,6 +126,7 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=16, help="distinct adapters in the batch")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prepacked-weights", choices=("auto", "on", "off"), default="auto", help="ours")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -133,8 +136,9 @@ def main() -> int:
         root = Path(scratch)
         model, config = build(root, args.adapters, args.rank)
         names = [f"a{i % args.adapters}" for i in range(REQUESTS)]
-        weights, head = floor_weights(config)
-        flags = ["--dtype", "float32", "--device", "cpu", "--threads", str(args.threads), "--served-model-name", "base"]
+        weights = floor_weights(config)
+        flags = ["--dtype", "float32", "--device", "cpu", "--threads", str(args.threads), "--served-model-name", "base",
+                 "--prepacked-weights", args.prepacked_weights]  # fmt: skip
         with serve(root / "base", *flags) as server:
             for i in range(args.adapters):
                 server.upload(f"a{i}", root / f"a{i}")
@@ -144,7 +148,7 @@ def main() -> int:
                 theirs_base, _ = peft_run(model, batch, None)
                 ours, our_tokens = our_run(server, batch, names)
                 theirs, their_tokens = peft_run(model, batch, names)
-                floor = floor_run(weights, head)
+                floor = floor_run(weights)
                 if number < 0:
                     continue
                 for key, value in {

@@ -120,6 +120,9 @@ class Settings(BaseSettings):
     overlap: Switch = Field("auto", description="prepare a step while the device computes the last (auto: on a card)")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a card's memory that may be filled")
     compile_layers: bool = Field(False, description="fuse the model's small operations by torch.compile at start")
+    prepacked_weights: Switch = Field(
+        "auto", description="on a CPU, keep float32 weights in oneDNN's order, too (auto: if memory is ample)"
+    )
     decode_workspace: bool = Field(True, description="on a CPU, keep decoding sequences' keys and values contiguous")
     packed_projections: bool = Field(True, description="compute q, k, v and gate, up as one product each")
     deterministic: bool = Field(False, description="the same bits for a request alone and in any batch (slower)")
@@ -349,6 +352,7 @@ class Settings(BaseSettings):
             gpu_memory_utilization=self.gpu_memory_utilization,
             deterministic=self.deterministic,
             compile_layers=self.compile_layers,
+            prepacked_weights=_SWITCHES[self.prepacked_weights],
             decode_workspace=self.decode_workspace,
             packed_projections=self.packed_projections,
             max_queue=self.max_queue,

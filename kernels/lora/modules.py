@@ -97,13 +97,16 @@ def check_segments(
     if num_tokens > limits.max_tokens:
         raise ValueError(f"{num_tokens} tokens exceed max_tokens {limits.max_tokens}")
     end = 0
+    checked = set()  # many segments have few sets
     for segment in segments:
         if segment.start < end or segment.end <= segment.start or segment.end > num_tokens:
             raise ValueError(f"segment [{segment.start}, {segment.end}) is empty, out of order or out of range")
         end = segment.end
         if not segment.adapters:
             raise ValueError(f"segment [{segment.start}, {segment.end}) names no adapter")
-        check_set([slot for slot, _ in segment.adapters], limits, rank_of)
+        if segment.adapters not in checked:
+            check_set([slot for slot, _ in segment.adapters], limits, rank_of)
+            checked.add(segment.adapters)
 
 
 def check_set(slots: Sequence[int], limits: SetLimits, rank_of: Callable[[int], int]) -> None:

@@ -17,6 +17,7 @@ from loramux.server.engine.invariant_attention import InvariantMath
 from loramux.server.engine.kernel_attention import KernelAttention
 from loramux.server.engine.loading import LoadedModel, UnsupportedModelError, context_limit, load_model
 from loramux.server.engine.memory import kv_bytes_left, largest_prefill, measure_step, memory_in_use
+from loramux.server.engine.prepacked import prepack
 from loramux.server.engine.runner import Runner
 from loramux.server.engine.torch_attention import TorchAttention
 
@@ -46,6 +47,8 @@ def assemble(config: EngineConfig, model: LoadedModel | None = None) -> Assembly
     _check_switches(config, model.device)
     if config.deterministic:
         make_invariant(model)
+    elif not config.compile_layers:
+        prepack(model, config.prepacked_weights)
     if config.compile_layers:
         compile_layers(model)
     backend = _lora_backend(config, model)
@@ -74,10 +77,14 @@ def _check_switches(config: EngineConfig, device: torch.device) -> None:
                 )
         if config.compile_layers:
             raise UnsupportedModelError("--deterministic excludes --compile-layers: switch one of them off")
+        if config.prepacked_weights:
+            raise UnsupportedModelError("--deterministic excludes --prepacked-weights on: leave it at auto")
         if config.lora_overlap != "none":
             raise UnsupportedModelError("--deterministic excludes --lora-overlap: leave it at none")
         if config.lora_fold:
             raise UnsupportedModelError("--deterministic excludes --lora-fold on: leave it at auto")
+    if config.compile_layers and config.prepacked_weights:
+        raise UnsupportedModelError("--compile-layers excludes --prepacked-weights on: leave it at auto")
     if config.cuda_graphs and device.type != "cuda":
         raise UnsupportedModelError("--cuda-graphs needs --device cuda; leave it at auto")
     if config.cuda_graphs and config.attention_implementation == "torch":

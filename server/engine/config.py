@@ -14,7 +14,8 @@ class EngineConfig:
     `blob_dir` holds canonical adapters.
     `packed_projections`, `enable_prefix_caching`, `decode_workspace`, `cuda_graphs` and `overlap` (of a step's host
     work with the device's work on the step before) are optimisations with plain twins; the output does not depend on
-    them. `compile_layers` fuses the model's small operations by torch.compile, which rounds otherwise here and there.
+    them. `prepacked_weights` is one too (None: where memory allows), but it may round otherwise, as `compile_layers`
+    does, which fuses the model's small operations by torch.compile.
     None switches graphs and overlap on where there is a card. `lora_implementation` and `attention_implementation` are
     torch, triton or None (by device); attention may be flashinfer, too, which is a package of its own. `lora_overlap`
     hides the adapters' first product on a card: on a side stream beside the base's product, or by launching the second
@@ -52,6 +53,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     deterministic: bool = False
     compile_layers: bool = False
+    prepacked_weights: bool | None = None
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
 

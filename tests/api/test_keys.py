@@ -37,6 +37,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """A live server, whose store the commands find."""
     for name in ("LORAMUX_URL", "LORAMUX_API_KEY", "LORAMUX_STORE_DIR", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
     with listening(make_bench(tmp_path)) as bench:
         monkeypatch.setattr(cli_keys, "store_root", lambda settings: bench.store.registry_path.parent)
         yield bench

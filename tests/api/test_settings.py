@@ -41,6 +41,7 @@ SAMPLES = {
     "max_set_rank": ("64", 64), "max_device_adapters": ("7", 7), "lora_implementation": ("torch", "torch"),
     "decode_workspace": ("no", False), "attention_implementation": ("torch", "torch"), "cuda_graphs": ("off", "off"),
     "overlap": ("on", "on"), "compile_layers": ("1", True), "deterministic": ("1", True),
+    "prepacked_weights": ("on", "on"),
     "lora_overlap": ("stream", "stream"), "lora_fold": ("on", "on"), "gpu_memory_utilization": ("0.5", 0.5),
     "store_dir": ("/tmp/x", Path("/tmp/x")), "adapter_max_bytes": ("1GiB", 1 << 30), "max_adapters": ("5", 5),
     "metrics_open": ("1", True), "tenant_max_adapters": ("4", 4), "tenant_adapter_bytes": ("1GiB", 1 << 30),
