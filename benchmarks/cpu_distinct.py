@@ -8,8 +8,8 @@ Two tables, for float32 and bfloat16, random weights, rank-16 all-linear adapter
   * forms: the products of a decode step at all sites of the model, without the rest of the model. The base's are the
     floor; the LoRA term adds to them what its form costs (`cpu_forms`). `rule` is what the backend chooses.
   * steps: whole engine steps in this process, base and mixed: the prefill of all prompts in one step, and decode.
-    Their floor is the base's products of such a step, output projection included. With --compile-layers also on an
-    engine whose layers are compiled.
+    Their floor is the base's products of such a step, output projection included. Float32 runs from plain and from
+    blocked weights (`engine.prepacked`), each beside its own floor; with --compile-layers also with compiled layers.
 
 Arms of a round follow one another. Of all rounds the lowest decile counts, which a busy machine disturbs least. The
 clock is the thread's own CPU time at one thread, wall time with more.
@@ -77,6 +77,7 @@ class Engine:
     """One engine core and the batches that it runs; no prompt comes twice."""
 
     def __init__(self, core: EngineCore, digests: Sequence[str], vocab: int, args: argparse.Namespace) -> None:
+        self.model = core.model
         self._core, self._digests, self._vocab, self._args = core, digests, vocab, args
         self._requests = 0
 
@@ -113,19 +114,21 @@ class Engine:
 def engines(
     shape: Shape, model: LoadedModel, args: argparse.Namespace, name: str, folder: Path, stack: ExitStack
 ) -> dict[str, Engine]:
-    """The plain engine and, where asked for, the compiled one; both with all adapters loaded."""
+    """The plain engine, in float32 the one of blocked weights, where asked for the compiled one; adapters loaded."""
     dtype, most = DTYPES[name], max(args.adapters)
     digests = write_adapters(
         folder, shape.modules(), rank=args.rank, count=most, files=FILES, dtype=dtype, device=torch.device("cpu")
     )
     found = {}
-    for arm in ("plain", "compiled") if args.compile_layers else ("plain",):
+    arms = ["plain", *(["blocked"] if dtype == torch.float32 else []), *(["compiled"] if args.compile_layers else [])]
+    for arm in arms:
         longest = args.prefill // min(args.batches) + args.steps + 2
         config = EngineConfig(
             model_path=shape.name, blob_dir=str(folder), dtype=name, device="cpu", threads=args.threads,
             max_model_len=longest, max_num_seqs=max(args.batches), max_batched_tokens=max(args.prefill, *args.batches),
             kv_cache_bytes=model.kv_bytes_per_token * (longest + 32) * max(args.batches),
             device_adapter_bytes=8 << 30, enable_prefix_caching=False, compile_layers=arm == "compiled",
+            prepacked_weights=arm == "blocked",
         )  # fmt: skip
         own = model if arm == "plain" else engine_model(shape, dtype=dtype, device=torch.device("cpu"))
         core = stack.enter_context(closing(EngineCore(config, own)))
@@ -145,7 +148,11 @@ def compare_steps(
             prefill: Seconds = {}
             decode: Seconds = {}
             tokens = args.prefill // batch * batch
-            floors = {"prefill": floor_products(model, tokens, batch), "decode": floor_products(model, batch, batch)}
+            floors = {
+                kind: (floor_products(engine.model, tokens, batch), floor_products(engine.model, batch, batch))
+                for kind, engine in running.items()
+                if kind != "compiled"
+            }
             counts = [0, *(n for n in args.adapters if n <= batch)]
             for number in range(args.rounds + 1):
                 for kind, engine in running.items():
@@ -156,11 +163,12 @@ def compare_steps(
                             prefill.setdefault(f"{arm}, {kind}", []).append(first)
                             decode.setdefault(f"{arm}, {kind}", []).extend(rest)
                 with torch.inference_mode():
-                    for values, floor in ((prefill, floors["prefill"]), (decode, floors["decode"])):
-                        started = clock()
-                        floor()
-                        if number:
-                            values.setdefault("floor", []).append(clock() - started)
+                    for kind, products in floors.items():
+                        for values, floor in zip((prefill, decode), products, strict=True):
+                            started = clock()
+                            floor()
+                            if number:
+                                values.setdefault(f"floor, {kind}", []).append(clock() - started)
             found.append({"batch": batch, "prefill_seconds": quiet(prefill), "decode_seconds": quiet(decode)})
     return found
 
@@ -179,16 +187,18 @@ def forms_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def steps_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Milliseconds of steps, the floor's share of them, and the base's."""
+    """Milliseconds of steps, the floor's share of them, and the base's, both of the same kind of engine."""
     rows = [["dtype, batch, arm", "prefill ms", "floor / it", "base / it", "decode ms", "floor / it", "base / it"]]
     for entry in results:
         prefill, decode = entry["prefill_seconds"], entry["decode_seconds"]
         for arm in decode:
+            what, _, kind = arm.partition(", ")
+            floor = "floor, plain" if kind == "compiled" else f"floor, {kind}"
             cells = []
             for seconds in (prefill, decode):
                 value = seconds[arm]
-                base = f"{seconds['base, plain'] / value:.0%}" if arm != "floor" else ""
-                cells += [f"{value * 1e3:.2f}", f"{seconds['floor'] / value:.0%}", base]
+                base = f"{seconds[f'base, {kind}'] / value:.0%}" if what != "floor" else ""
+                cells += [f"{value * 1e3:.2f}", f"{seconds[floor] / value:.0%}", base]
             rows.append([f"{entry['dtype']}, {entry['batch']}, {arm}", *cells])
     return table(rows)
 

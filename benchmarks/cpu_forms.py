@@ -38,17 +38,18 @@ class Weights:
 
 
 def floor_products(model: LoadedModel, tokens: int, rows: int) -> Callable[[], None]:
-    """The base's matrix products of a step of so many tokens, of which `rows` get logits, and nothing else."""
+    """The base's matrix products of a step of so many tokens, of which `rows` get logits, and nothing else; they are
+    computed as the model's own projections do it."""
     inputs = {
         (count, p.weight.shape[1]): torch.randn(count, p.weight.shape[1], dtype=model.dtype)
         for p in model.projections
         for count in (tokens, rows)
     }
-    calls = [(inputs[rows if p.is_head else tokens, p.weight.shape[1]], p.weight) for p in model.projections]
+    calls = [(p, inputs[rows if p.is_head else tokens, p.weight.shape[1]]) for p in model.projections]
 
     def run() -> None:
-        for x, weight in calls:
-            F.linear(x, weight)
+        for projection, x in calls:
+            projection.product(x, projection.weight, projection.bias)
 
     return run
 

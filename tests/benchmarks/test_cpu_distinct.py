@@ -38,7 +38,12 @@ def test_every_arm_is_measured(tmp_path: Path) -> None:
         assert set(entry["added_seconds"]) == everywhere | extra
         assert entry["base_seconds"] > 0
     for entry, batch in zip(result["steps"], (2, 6, 2, 6), strict=True):
-        arms = {"floor", "base, plain", "1 adapters, plain"} | ({"4 adapters, plain"} if batch == 6 else set())
+        whats = ["floor", "base", "1 adapters", *(["4 adapters"] if batch == 6 else [])]
+        arms = {
+            f"{what}, {kind}"
+            for what in whats
+            for kind in ("plain", *(["blocked"] if entry["dtype"] == "float32" else []))
+        }
         assert entry["batch"] == batch
         for seconds in (entry["prefill_seconds"], entry["decode_seconds"]):
             assert set(seconds) == arms
