@@ -9,6 +9,7 @@ A bare image with torch, triton, transformers (and peft, as the peer) is enough.
     lora          shrink and expand over adapters x ranks x tokens, beside a PEFT-style loop and a gather with bmm
     linear        a projection with adapters: each way to hide the LoRA path beside the plain one
     attention     paged decode, prompts and mixed steps, beside gathered pages and torch's attention
+    sampling      what top-k and top-p cost a step, beside sorting
     decode        the engine's step: base, 1, 8, 32, 128 distinct adapters; Llama-3.1-8B and Qwen2.5-0.5B shapes
     workload      S-LoRA's workload through the engine, adapter loads included, and through PEFT
     cold          a cold adapter's way to the device, and what other requests notice
@@ -63,6 +64,7 @@ SECTIONS = (
     Section("lora", 8, "gpu_lora", needs=("LoRA kernels",)),
     Section("linear", 4, "gpu_linear", needs=("LoRA kernels",)),
     Section("attention", 4, "gpu_attention", needs=("attention kernels",)),
+    Section("sampling", 1, "gpu_sampling"),
     Section("decode", 9, "gpu_engine", "run_decode", "show_decode", needs=("engine",)),
     Section("workload", 15, "gpu_workload", needs=("engine",)),
     Section("cold", 3, "cold_adapter", needs=("engine",)),

@@ -19,6 +19,7 @@ from loramux.server.engine.loading import LoadedModel, UnsupportedModelError, co
 from loramux.server.engine.memory import kv_bytes_left, largest_prefill, measure_step, memory_in_use
 from loramux.server.engine.prepacked import prepack
 from loramux.server.engine.runner import Runner
+from loramux.server.engine.sampler import warm_up
 from loramux.server.engine.torch_attention import TorchAttention
 
 DEFAULT_KV_BYTES_CPU = 2 << 30
@@ -63,6 +64,7 @@ def assemble(config: EngineConfig, model: LoadedModel | None = None) -> Assembly
         first_compiled_step(runner, largest_prefill(config.block_size, max_model_len, 1, config.block_size))
     if graphs is not None:
         graphs.capture()
+    warm_up(model.device, int(model.module.get_output_embeddings().weight.shape[0]))
     return Assembly(model, max_model_len, num_blocks, backend, runner)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +110,7 @@ def sample(
     tokens in `banned[i]`, where row i has any, are impossible. Row i is argmax(logits_i) when its temperature is 0,
     else a draw from softmax(logits_i / temperature) restricted by top_k, then top_p, then min_p; tokens as likely as
     the last one that is kept are kept too. -1 for a row whose logits hold NaN or have no finite maximum: the caller
-    fails that request alone. `thresholds` is `sorted_thresholds` on a CPU and `bisected_thresholds` elsewhere unless
+    fails that request alone. `thresholds` is `sorted_thresholds` on a CPU and `triton_thresholds` elsewhere unless
     it is given.
     """
     logits = logits.float()
@@ -121,16 +122,33 @@ def sample(
     top, tokens = logits.max(dim=-1)
     drawn = np.flatnonzero(settings.numbers[0])
     if len(drawn):
-        if thresholds is None:
-            thresholds = sorted_thresholds if logits.device.type == "cpu" else bisected_thresholds
         chosen = settings.take(drawn)
         uniforms = uniform(chosen.seeds, positions[drawn])
         index, numbers = staging.upload(drawn, np.concatenate([uniforms, chosen.numbers.reshape(-1)]))
         everyone = len(drawn) == len(positions)
         picked = _draw(logits if everyone else logits.index_select(0, index), numbers.view(5, -1, 1), chosen.numbers,
-                       thresholds)  # fmt: skip
+                       thresholds or _thresholds(logits.device, chosen.numbers))  # fmt: skip
         tokens = picked if everyone else tokens.index_copy(0, index, picked)
     return torch.where(_is_finite(top), tokens, INVALID_TOKEN)
+
+
+def warm_up(device: torch.device, vocab: int) -> None:
+    """Compiles what drawing on the device needs, so that no request waits for it; nothing on a CPU."""
+    if device.type == "cpu":
+        return
+    staging = Staging(device)
+    for top_k, top_p in ((1, 1.0), (0, 0.5), (1, 0.5)):
+        settings = SamplingColumns.of([SamplingParams(1, top_k=top_k, top_p=top_p)])
+        sample(torch.zeros(1, vocab, device=device), settings, np.zeros(1, dtype=np.int64), {}, staging)
+
+
+def _thresholds(device: torch.device, settings: Floats) -> Thresholds:
+    """The way to find thresholds on the device, for rows of these `settings` [4, rows] as `_draw` has them."""
+    if device.type == "cpu":
+        return sorted_thresholds
+    from loramux.kernels.sampling.thresholds import triton_thresholds  # a CPU needs no triton
+
+    return partial(triton_thresholds, has_k=bool((settings[1] > 0).any()), has_p=bool((settings[2] < 1).any()))
 
 
 def _draw(logits: Tensor, numbers: Tensor, settings: Floats, thresholds: Thresholds) -> Tensor:
@@ -176,47 +194,8 @@ def sorted_thresholds(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
         kept = values.masked_fill(torch.arange(values.shape[1], device=values.device) >= k, float("-inf")).double()
         total = torch.where(k < vocab, torch.logsumexp(kept, -1, keepdim=True), whole[index])
         probs = (kept - total).exp()
-        keep = (probs.cumsum(-1) - probs < top_p[index]) & torch.isfinite(kept)
+        before = probs.cumsum(-1) - probs
+        keep = ((before < top_p[index]) | (top_p[index] >= 1)) & torch.isfinite(kept)  # rounded sums pass 1 early
         keep[:, 0] = True
         lowest[index] = values.masked_fill(~keep, float("inf")).amin(-1, keepdim=True)
     return lowest
-
-
-def _keys(values: Tensor) -> Tensor:
-    """int32 keys that order float32 values as the values do (NaN aside)."""
-    bits = values.view(torch.int32)
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-
-def bisected_thresholds(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """What `sorted_thresholds` gives, without sorting and without waiting for the device.
-
-    The keys of float32 values are integers, so 32 halvings find the highest key with at least top_k tokens at or above
-    it, and 32 more the highest one whose tokens hold top_p of what is left.
-    """
-    rows = scaled.shape[0]
-    keys = _keys(scaled)
-    low, high = keys.amin(-1, keepdim=True).long(), keys.amax(-1, keepdim=True).long()
-    k = torch.where(top_k > 0, top_k, torch.zeros_like(top_k))
-    first = _highest(low, high, lambda key: (keys >= key).sum(-1, keepdim=True) >= k)
-    first = torch.where(top_k > 0, first, low)
-    weights = torch.softmax(scaled, dim=-1) * (keys >= first)
-
-    def held(key: Tensor) -> Tensor:
-        return (weights * (keys >= key)).sum(-1, keepdim=True, dtype=torch.float64)
-
-    goal = top_p * held(first)
-    second = _highest(first, high, lambda key: held(key) >= goal)
-    second = torch.where(top_p < 1, second, first)
-    filtered = (top_k > 0) | (top_p < 1)
-    lowest = torch.where(keys >= second, scaled, float("inf")).amin(-1, keepdim=True)
-    return torch.where(filtered, lowest, torch.full((rows, 1), float("-inf"), device=scaled.device))
-
-
-def _highest(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """The highest integer in [low, high] for which the falling predicate holds; it holds for low."""
-    for _ in range(33):
-        middle = (low + high + 1).div(2, rounding_mode="floor")
-        found = holds(middle)
-        low, high = torch.where(found, middle, low), torch.where(found, high, middle - 1)
-    return low

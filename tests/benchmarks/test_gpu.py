@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ("gpu", "cold_adapter", "host_time")
 MODULES = (
     "gpu_correctness", "gpu_timing", "gpu_models", "gpu_ceilings", "gpu_lora", "gpu_linear", "gpu_attention",
-    "gpu_engine",
-    "gpu_workload",
+    "gpu_sampling", "gpu_engine", "gpu_workload",
 )  # fmt: skip
 ALLOWED = {"torch", "triton", "transformers", "numpy", "peft", "loramux"}
 OPTIONAL = {"host_time": {"msgpack"}}
@@ -73,7 +72,19 @@ def test_every_section_runs(small: Any) -> None:
     result, out = small["gpu"]
     assert result["complete"]
     assert {name: section["status"] for name, section in result["sections"].items()} == dict.fromkeys(
-        ("correctness", "ceilings", "lora", "linear", "attention", "decode", "workload", "cold", "switches"), "done"
+        (
+            "correctness",
+            "ceilings",
+            "lora",
+            "linear",
+            "attention",
+            "sampling",
+            "decode",
+            "workload",
+            "cold",
+            "switches",
+        ),
+        "done",
     )
     assert json.loads(out.splitlines()[-1]) == result
     for key in ("environment", "budget_seconds", "seconds", "dtype", "card"):
@@ -86,7 +97,11 @@ def test_a_cpu_claims_nothing(small: Any) -> None:
     sections = result["sections"]
     ceilings = sections["ceilings"]
     assert ceilings["bandwidth_bytes_per_second"] is ceilings["flops_per_second"] is None
-    rows = [row for name in ("lora", "linear", "attention", "decode", "switches") for row in sections[name]["rows"]]
+    rows = [
+        row
+        for name in ("lora", "linear", "attention", "sampling", "decode", "switches")
+        for row in sections[name]["rows"]
+    ]
     assert len(rows) > 8
     for row in (row for row in rows if "seconds" in row or "ours_seconds" in row):
         assert row["floor_seconds"] is None

@@ -18,6 +18,7 @@ from loramux.kernels.attention import kv_launch
 from loramux.kernels.attention import triton_backend as attention
 from loramux.kernels.lora import fold_launch
 from loramux.kernels.lora import triton_backend as lora
+from loramux.kernels.sampling import thresholds
 from loramux.server.engine import runner, staging
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.core import EngineCore
@@ -29,7 +30,7 @@ META = torch.device("meta")
 KERNELS = (
     (lora, "shrink_kernel"), (lora, "expand_kernel"), (lora, "scale_kernel"), (fold_launch, "fold_kernel"),
     (attention, "decode_kernel"), (attention, "reduce_kernel"), (attention, "prefill_kernel"),
-    (kv_launch, "kv_write_kernel"),
+    (kv_launch, "kv_write_kernel"), (thresholds, "count_digit_kernel"), (thresholds, "threshold_kernel"),
 )  # fmt: skip
 
 
@@ -109,6 +110,7 @@ def test_a_step_does_not_wait_for_the_device(
     """Greedy and drawn tokens, sets, prompts in chunks, decodes, hidden states, and the next step prepared ahead."""
     base, blobs, (first, second) = places
     core = make_core(base, blobs, graphs=graphs, lora_fold=fold)
+    launches.clear()
     core.add(request("base", list(range(3, 30)), 4, ignore_eos=True))
     core.add(request("greedy", [5, 6, 7], 6, [(first, 1.0)], ignore_eos=True))
     core.add(request("set", [5, 6], 5, [(first, 0.5), (second, 0.5)], ignore_eos=True, min_tokens=3))
@@ -120,6 +122,7 @@ def test_a_step_does_not_wait_for_the_device(
     }  # fmt: skip
     wanted = {"shrink_kernel", "decode_kernel", "prefill_kernel", "fold_kernel" if fold else "expand_kernel"}
     assert wanted <= set(launches)
+    assert (launches["count_digit_kernel"], launches["threshold_kernel"]) == (5 * 16, 5)  # a step that draws: 16 digits
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["exact", "padded"])
@@ -139,7 +142,7 @@ def test_a_base_batch_launches_no_lora_kernel(
     core.close()
     assert [len(tokens_of(found)) for found in outputs.values()] == [3] * 3
     assert launches.keys() <= {"decode_kernel", "reduce_kernel", "prefill_kernel", "kv_write_kernel"}
-    assert launches["decode_kernel"] > 0
+    assert launches["decode_kernel"] > 0  # and greedy tokens search for no bounds
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from loramux.server.engine import sampler
 from loramux.server.engine.protocol import SamplingParams
-from loramux.server.engine.sampler import Floats, SamplingColumns, Thresholds, bisected_thresholds, sorted_thresholds
+from loramux.server.engine.sampler import Floats, SamplingColumns, Thresholds, sorted_thresholds
 from loramux.server.engine.staging import Staging
 
 CPU = torch.device("cpu")
@@ -110,22 +110,11 @@ def test_extreme_temperatures_stay_in_the_vocabulary() -> None:
     assert hot == {0, 1, 2}
 
 
-@pytest.mark.parametrize("vocab", [3, 700, 5000])
-def test_bisecting_finds_what_sorting_finds(vocab: int) -> None:
-    torch.manual_seed(1)
-    logits = torch.randn(24, vocab) * torch.linspace(0.01, 8, 24).unsqueeze(1)
-    logits[3, 1:] = float("-inf")
-    logits[4] = 0.0
-    top_k = torch.tensor([0, 1, 2, 40, 1500, vocab, vocab + 9, 0] * 3, dtype=torch.float64).unsqueeze(1)
-    top_p = torch.tensor([1.0] * 8 + [0.9] * 8 + [0.3, 0.999, 1.0, 1e-6] * 2, dtype=torch.float64).unsqueeze(1)
-    first, second = sorted_thresholds(logits, top_k, top_p), bisected_thresholds(logits, top_k, top_p)
-    possible = torch.isfinite(logits)
-    assert torch.equal((logits >= first) & possible, (logits >= second) & possible)
-    chosen = [params(seed=i, top_k=int(k), top_p=float(p), min_p=0.01 * (i % 2))
-              for i, (k, p) in enumerate(zip(top_k, top_p, strict=True))]  # fmt: skip
-    places, none = [*range(24)], [()] * 24
-    by_sorting = sample(logits, chosen, places, none, sorted_thresholds)
-    assert sample(logits, chosen, places, none, bisected_thresholds) == by_sorting
+def test_a_bound_of_one_keeps_the_whole_tail() -> None:
+    """Whose probabilities vanish in the sum of those before."""
+    logits = torch.cat([torch.zeros(40), torch.full((60,), -45.0)]).expand(2, -1)
+    lowest = sorted_thresholds(logits, torch.tensor([[100.0], [90.0]]), torch.tensor([[1.0], [1.0]]))
+    assert lowest.tolist() == [[-45.0], [-45.0]]
 
 
 def test_a_nucleus_within_the_best_tokens_equals_sorting_everything(monkeypatch: pytest.MonkeyPatch) -> None:
