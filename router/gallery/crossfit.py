@@ -36,9 +36,10 @@ def centroids(rows: Floats, metric: Metric, most: int) -> Floats:
     Clusters are those of spherical k-means under the metric; a centroid is mu' + the mean of (x - mu') / |x - mu'|_M
     over its rows, so that every example counts the same.
     """
-    clusters = spherical_kmeans(unit_rows(metric.whiten(rows)), number_of_centroids(len(rows), most))
-    centred, lengths = rows - metric.mean, metric.norms(rows)[:, None]
-    means = cluster_means(np.asarray(centred / np.where(lengths > 0, lengths, 1), dtype=np.float32), clusters)
+    white = metric.whiten(rows)
+    clusters = spherical_kmeans(unit_rows(white), number_of_centroids(len(rows), most))
+    lengths = np.linalg.norm(white, axis=1, keepdims=True)  # |x - mu'|_M
+    means = cluster_means(np.asarray((rows - metric.mean) / np.where(lengths > 0, lengths, 1), np.float32), clusters)
     return np.asarray(metric.mean + means, dtype=np.float32)
 
 
@@ -53,7 +54,11 @@ def base_centroids(base: Floats, metric: Metric, shape: Shape) -> Floats:
 
 
 def fit(groups: Sequence[Floats], base: Floats, shape: Shape) -> Metric:
-    """The metric of adapters' examples [n_i, dim] and the base's [n, dim], the base being one group of its own."""
+    """The metric of adapters' examples [n_i, dim] and the base's [n, dim], the base being one group of its own.
+
+    Without the base near misses are told a little better, but a prompt that asks an adapter's question among the base's
+    looks like the base's.
+    """
     return fit_metric([*groups, base], shape.dim)
 
 
@@ -93,20 +98,18 @@ def cross_scores(groups: Sequence[Floats], base: Floats, shape: Shape) -> CrossS
             continue
         everyone, owners = np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
         base_rows = base_centroids(kept_base, metric, shape)
-        for place, group in enumerate(groups):
-            likeness, base_likeness = _likeness(metric, _only(group, fold, folds), everyone, base_rows)
-            mine = owners == place
-            own.append(evidence(likeness[:, mine].max(axis=1), base_likeness))
-            if len(rows) > 1:
-                outsiders.append(evidence(likeness[:, ~mine].max(axis=1), base_likeness))
-        likeness, base_likeness = _likeness(metric, _only(base, fold, folds), everyone, base_rows)
-        negative.append(evidence(likeness.max(axis=1), base_likeness))
+        held = [_only(g, fold, folds) for g in [*groups, base]]  # the base's last
+        places = np.repeat(np.arange(len(held)), [len(h) for h in held])
+        queries = np.concatenate(held)
+        likeness = cosines(metric, queries, everyone)
+        base_likeness = cosines(metric, queries, base_rows).max(axis=1) if len(base_rows) else None
+        mine, of_base = owners == places[:, None], places == len(groups)
+        others = evidence(np.where(mine, -np.inf, likeness).max(axis=1), base_likeness)
+        own.append(evidence(np.where(mine, likeness, -np.inf).max(axis=1), base_likeness)[~of_base])
+        if len(rows) > 1:
+            outsiders.append(others[~of_base])
+        negative.append(others[of_base])
     return CrossScores(_joined(own), _joined(outsiders), _joined(negative))
-
-
-def _likeness(metric: Metric, held: Floats, rows: Floats, base_rows: Floats) -> tuple[Floats, Floats | None]:
-    """(cos_M with every row [n, rows], the highest with the base's [n] or None)."""
-    return cosines(metric, held, rows), cosines(metric, held, base_rows).max(axis=1) if len(base_rows) else None
 
 
 def _only(rows: Floats, fold: int, folds: int) -> Floats:

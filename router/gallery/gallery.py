@@ -215,11 +215,6 @@ class Gallery:
                 self._groups.pop(key, None)
             self._change({}, keys, base_changed=BASE in keys)
 
-    def refit(self) -> None:
-        """Fits metric and calibration now, where `put` would have put it off (large galleries)."""
-        with self._lock:
-            self._change({}, (), base_changed=True)
-
     def state(self) -> GalleryState:
         """A copy of everything the gallery knows, to be stored and given to `from_state`."""
         with self._lock:

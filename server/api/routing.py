@@ -17,6 +17,7 @@ from loramux.server.api.auto.ledger import LedgerError
 from loramux.server.api.auto.reports import options_of, refused, report_of
 from loramux.server.api.auto.scoring import BASE_WORD, as_routed
 from loramux.server.api.auto.service import RouterService
+from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.caller import From
 from loramux.server.api.errors import APIError, bad_request, model_not_found, unavailable
 from loramux.server.api.resolve import addressed
@@ -33,7 +34,7 @@ from loramux.server.api.schemas.routing import (
 )
 from loramux.server.api.state import ServerState, State
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 JSON = "application/json"
 SCORES_PATH = "/v1/router/scores"
@@ -59,10 +60,11 @@ async def route(body: RouteRequest, state: State, caller: From) -> Response:
     async def one(query: str) -> Decision:
         return addressed(await service.decide(query, options, tenant=caller.tenant, salt=salt), caller.tenant)
 
-    try:
-        decisions = await asyncio.gather(*(one(query) for query in body.queries))
-    except RouterError as error:
-        raise refused(error) from None
+    with state.gate.admit(caller):
+        try:
+            decisions = await asyncio.gather(*(one(query) for query in body.queries))
+        except RouterError as error:
+            raise refused(error) from None
     data = [
         RouteDecision(index=index, **report_of(decision, explain=explain).model_dump(exclude_unset=True))
         for index, decision in enumerate(decisions)
@@ -119,13 +121,10 @@ async def upload_scores(request: Request, state: State) -> Response:
     """Keeps scores of many queries: per line `{"query": text, "scores": {adapter: 0 to 1}}`, with a `group` or not."""
     service = state.require_router()
     data = await request.body()
-    rows = await asyncio.to_thread(_rows_of, data)
     words = {*state.settings.base_names} | (set() if service.knows(BASE_WORD) else {BASE_WORD})
-    rows = [as_routed(row, words) for row in rows]
-    named = {name for row in rows for name in row.scores} - {BASE}
+    rows, named, count = await asyncio.to_thread(_rows_of, data, words)
     unknown = sorted(name for name in named if not service.knows(name))
     await _keep(service, rows)
-    count = sum(len(row.scores) for row in rows)
     taken = ScoresTaken(object="router.scores", queries=len(rows), scores=count, unknown=unknown[:SHOWN_UNKNOWN])
     return Response(taken.json_text(), media_type=JSON)
 
@@ -174,15 +173,19 @@ async def _key_of(state: ServerState, name: str, tenant: str) -> str:
         raise error from None
 
 
-def _rows_of(data: bytes) -> list[ScoredQuery]:
-    """The rows of a JSON-lines body. Raises a 400 that names the line."""
+def _rows_of(data: bytes, base_words: set[str]) -> tuple[list[ScoredQuery], set[str], int]:
+    """The rows of a JSON-lines body as they are routed, which adapters they name, and how many scores they have.
+
+    Raises a 400 that names the line. Blocks.
+    """
     rows = []
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
             try:
-                rows.append(ScoredQuery.from_json(line))
+                rows.append(as_routed(ScoredQuery.from_json(line), base_words))
             except DatasetError as error:
                 raise bad_request(f"Line {number}: {error}.", None, "invalid_scores") from None
     if not rows:
         raise bad_request("The body has no line of scores.", None, "invalid_scores")
-    return rows
+    named = {name for row in rows for name in row.scores} - {BASE}
+    return rows, named, sum(len(row.scores) for row in rows)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
-from loramux.server.demo.skills import base_skills, phrase
+from loramux.server.demo.examples import example_prompts
+from loramux.server.demo.skills import base_skills
 
 SEED = 11
-DRAWS = 3  # of each wording: what varies between them is what does not matter
+OF_EACH_SKILL = 24
 
 
 def demo_base_examples() -> tuple[str, ...]:
-    """Each wording that the base was trained on, a few times, with arguments of the training split."""
+    """`OF_EACH_SKILL` questions on every skill of the base, with arguments of the training split."""
     rng = Random(SEED)
-    wordings = [(skill, wording) for skill in base_skills() for wording in skill.wordings]
-    return tuple(phrase(wording, skill.argument(rng, "train")) for _ in range(DRAWS) for skill, wording in wordings)
+    return tuple(text for skill in base_skills() for text in example_prompts(skill, rng, OF_EACH_SKILL))

@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from loramux.server.demo.skills import Skill, adapter_skills, ask, base_skills, composite, phrase
+from loramux.server.demo.examples import example_prompts
+from loramux.server.demo.skills import Skill, adapter_skills, ask, base_skills, composite
 from loramux.server.demo.tokens import (
     BEGIN,
     END,
@@ -46,6 +47,7 @@ from loramux.server.demo.tokens import (
 
 SEED = 20240613
 THREADS = 1
+EXAMPLES = 32  # on an adapter's card
 BASE_NAME = "loramux-demo"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -297,9 +299,8 @@ def tidy_config(path: Path) -> None:
 
 
 def write_card(skill: Skill, folder: Path) -> None:
-    """Write the adapter's description and one example prompt per trained wording."""
-    rng = Random(SEED)
-    examples = [phrase(wording, skill.argument(rng, "train")) for wording in skill.wordings]
+    """Write the adapter's description and `EXAMPLES` prompts, in many wordings beside the trained ones."""
+    examples = example_prompts(skill, Random(SEED), EXAMPLES)
     card = {"description": skill.description, "examples": examples}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 

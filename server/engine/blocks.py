@@ -60,7 +60,12 @@ class BlockManager:
         return seq.num_computed
 
     def count_query(self, seq: Sequence) -> None:
-        """Counts one look-up of a request's prompt, with the tokens that `match_prefix` found."""
+        """Counts one look-up of a prompt to be answered, with the tokens that `match_prefix` found.
+
+        Prompts that are only pooled, as the router's looks at them are, would be counted twice with their answers.
+        """
+        if seq.pools:
+            return
         self.queried_tokens += len(seq.tokens)
         self.hit_tokens += seq.num_computed
 

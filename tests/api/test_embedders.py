@@ -15,7 +15,7 @@ from loramux.router.encoders.cache import CacheError, EmbeddingCache
 from loramux.router.encoders.ngram import NgramEncoder
 from loramux.router.interface import Floats
 from loramux.server.api.auto.embedders import CachedEmbedder, JoinedEmbedder, LocalEmbedder
-from loramux.server.api.auto.parts import RouterSetupError, prepare
+from loramux.server.api.auto.parts import NGRAM_DIM, RouterSetupError, prepare
 from loramux.server.api.rendering import Renderer
 from loramux.server.demo.assets import demo_base_path
 from loramux.server.settings import flag_of, load_settings
@@ -112,7 +112,7 @@ async def test_encoders_by_their_setting(threads: ThreadPoolExecutor, tmp_path: 
         embedder = parts.embedder(engine, renderer, threads)
         dims[spec] = embedder.dim
         assert (await embedder.embed(["w1 w2", "w3"])).shape == (2, embedder.dim)
-    assert list(dims.values()) == [STATES, 384, STATES + 384, STATES + 384, 16]
+    assert list(dims.values()) == [STATES, NGRAM_DIM, STATES + NGRAM_DIM, STATES + NGRAM_DIM, 16]
     assert prepare(load_settings({"router": "off"}), demo_base_path(), 4) is None
     for name, value in (("router_encoder", "base+base"), ("router_layer", "5")):
         with pytest.raises(RouterSetupError, match=flag_of(name)):

@@ -5,6 +5,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from api.harness import (
 )
 from safetensors.numpy import load, save
 
+from loramux.adapters_store.tenants import TenantLimits
 from loramux.router.options import RouteOptions, RouterError
+from loramux.server.api.admission import Admission
 from loramux.server.api.auto.base_states import BaseStates, base_identity
 from loramux.server.api.auto.parts import RouterSetupError, read_examples
 from loramux.server.api.auto.service import RouterService
@@ -210,6 +213,13 @@ async def test_wrong_options_are_named(taught: Bench, router: Any, param: str) -
         assert response.json()["error"]["param"] == param
     assert not taught.engine.requests
     assert taught.leases() == {}
+
+
+async def test_a_decision_counts_as_a_request(taught: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = taught.state.gate
+    monkeypatch.setattr(gate, "admit", lambda caller: Admission(gate, replace(caller, limits=TenantLimits(requests=0))))
+    response = await taught.client.post("/v1/route", json={"input": QUERY})
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
 
 
 async def test_nan_is_no_threshold(taught: Bench) -> None:

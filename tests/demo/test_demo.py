@@ -41,7 +41,7 @@ def test_adapters_have_the_peft_layout_and_a_card() -> None:
     for adapter in adapters:
         assert {path.name for path in adapter.path.iterdir()} == files
         assert adapter.description
-        assert len(adapter.examples) >= 8
+        assert len(adapter.examples) >= 24
 
 
 def test_adapters_differ_in_shape() -> None:

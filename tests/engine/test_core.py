@@ -133,6 +133,9 @@ def test_a_repeated_prompt_is_taken_from_the_cache(core: EngineCore, setup: Setu
     stats = core.stats()
     assert stats.prefix_hit_tokens == 32
     assert stats.prefix_queried_tokens == 4 * 33
+    core.add(replace(request("e", prompt, 1), pooling=PoolingParams()))  # a look at the prompt asks nothing of it
+    drain(core)
+    assert core.stats().prefix_queried_tokens == 4 * 33
 
 
 def test_end_of_sequence_stops_unless_ignored(setup: Setup, core: EngineCore) -> None:

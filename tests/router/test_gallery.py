@@ -125,9 +125,6 @@ def test_large_galleries_refit_when_enough_is_new() -> None:
     assert "one more" in gallery.snapshot().candidates
     gallery.put_many([(f"b{i}", prompts(600 + i), "examples") for i in range(60)])
     assert gallery.snapshot().metric is not fitted
-    fitted = gallery.snapshot().metric
-    gallery.refit()
-    assert gallery.snapshot().metric is not fitted
 
 
 def test_an_adapter_without_examples_in_the_sample_changes_no_fit() -> None:

@@ -77,7 +77,7 @@ class ProbeEmbedder:
         return rows
 
     async def _row(self, text: str, salt: str) -> Floats:
-        tokens = self._states.prompts.tokens(text)
+        tokens = await self._states.prompts.tokens_of(text)
         if not tokens:
             return np.zeros(self.dim, np.float32)
         name = f"probe-{next(self._numbers)}"

@@ -45,7 +45,9 @@ def train_file(settings: Settings, file: Path, out: Path | None, seed: int) -> d
     try:
         model = find_model(settings)
         spec = base_spec_from_config(load_config(model), name=settings.base_name)
-        renderer = Renderer.load(model, chat_template=settings.chat_template)
+        renderer = Renderer.load(
+            model, chat_template=settings.chat_template, response_template=settings.response_template
+        )
         parts = prepare(settings, model, spec.num_layers)
         if parts is None:
             raise OfflineError("--router off: there is nothing to train for; leave it out")

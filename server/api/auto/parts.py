@@ -21,8 +21,8 @@ from loramux.server.demo.base_examples import demo_base_examples
 from loramux.server.engine.protocol import EngineClient
 from loramux.server.settings import Settings
 
-NGRAM_DIM = 384  # with the base's states a row is short enough for ten thousand adapters in 100 MB
-NGRAM_LENGTHS = (2, 5)  # of those tried, these tell held-out examples best from the base's and from other adapters'
+NGRAM_DIM = 1024  # fewer cost accuracy; with the base's states ten thousand adapters take some 150 MB
+NGRAM_LENGTHS = (1, 4)  # of those tried, these tell held-out examples best from the base's and from other adapters'
 MAX_EXAMPLE_CHARS = 1 << 20
 
 

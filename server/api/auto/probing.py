@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from loramux.server.api.rendering import Renderer
@@ -32,7 +33,7 @@ class Prompts:
     max_tokens: int
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """The prompt of a text, () for one without tokens. Raises a 400 where the chat template refuses the text."""
+        """The prompt of a text, () for one without tokens. Blocks. Raises a 400 where the chat template refuses it."""
         text = text[-self.max_tokens * CHARS_PER_TOKEN :]
         if self.renderer.can_chat:
             prompt = self.renderer.render([{"role": "user", "content": text}])
@@ -40,6 +41,10 @@ class Prompts:
         else:
             found = self.renderer.encode(text, add_special_tokens=True)
         return tuple(found[-self.max_tokens :])
+
+    async def tokens_of(self, text: str) -> tuple[int, ...]:
+        """`tokens`, made in a thread of the renderer's: what a template does is not known."""
+        return await self.renderer.in_thread(partial(self.tokens, text))
 
 
 async def pooled(

@@ -57,7 +57,7 @@ class StateProbe:
 
     async def states(self, text: str, salt: str = "") -> Mapping[int, Floats]:
         """Layer -> float32 [tokens, hidden]; {} for a text that makes no two tokens. Raises `EngineError`."""
-        tokens = self._prompts.tokens(text)
+        tokens = await self._prompts.tokens_of(text)
         wanted = min(self._tokens, len(tokens) - 1)
         if wanted < 1:
             return {}
