@@ -14,7 +14,7 @@ TEST_WORKERS ?= auto
 BENCH_PYTHON ?= python3
 BENCH_OUT    ?= build/bench-gpu.json
 
-.PHONY: serve test test-console test-prometheus test-node test-langchain test-schemathesis check bench bench-gpu bench-router format clean
+.PHONY: serve test test-console test-prometheus test-node test-langchain test-schemathesis test-lm-eval test-stalls check bench bench-gpu bench-router format clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -58,6 +58,12 @@ test-langchain: $(PROOF)  ## LangChain's standard tests of chat models and embed
 
 test-schemathesis: $(PROOF)  ## schemathesis on our own /openapi.json (SCHEMATHESIS_EXAMPLES=100 looks longer)
 	$(BIN)/python -m pytest tests/proof/schemathesis_checks.py $(ARGS)
+
+test-lm-eval: $(PROOF)  ## lm-eval's local-completions: log-likelihoods of the base and adapters against transformers and PEFT
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/proof/lm_eval_checks.py $(ARGS)
+
+test-stalls: $(STAMP)  ## the event loop never stands still for 50 ms, whatever is sent
+	$(BIN)/python -m pytest -m slow tests/hostile/test_stalls.py $(ARGS)
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

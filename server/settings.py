@@ -48,6 +48,9 @@ class Settings(BaseSettings):
         (), description="the base's names in the API, the first is the main one (default: made from --model)"
     )
     chat_template: Path | None = Field(None, description="Jinja file that replaces the model's own chat template")
+    response_template: Path | None = Field(
+        None, description="JSON file that says how answers mark calls and reasoning (default: by the model's templates)"
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on (0: any free one)")
@@ -207,7 +210,7 @@ class Settings(BaseSettings):
         return tuple(SecretStr(part.strip()) for text in texts for part in text.split(",") if part.strip())
 
     @field_validator(
-        "model", "revision", "chat_template", "threads", "router_layer", "router_base_examples",
+        "model", "revision", "chat_template", "response_template", "threads", "router_layer", "router_base_examples",
         "ssl_certfile", "ssl_keyfile", "otlp_endpoint", "tenant_max_adapters", "tenant_adapter_bytes",
         "tenant_max_pinned", "tenant_max_requests", "tenant_tokens_per_minute", mode="before",
     )  # fmt: skip
@@ -258,7 +261,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"no such directory: {root}")
         return tuple(root.resolve() for root in value)
 
-    @field_validator("chat_template", "router_base_examples", "ssl_certfile", "ssl_keyfile")
+    @field_validator("chat_template", "response_template", "router_base_examples", "ssl_certfile", "ssl_keyfile")
     @classmethod
     def _readable(cls, value: Path | None) -> Path | None:
         """The file is read later; a wrong path should fail now."""

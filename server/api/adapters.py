@@ -14,15 +14,17 @@ from loramux.adapters_store.names import owner_and_name
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.adapters_store.storage import Upload
 from loramux.adapters_store.store import CommitResult
+from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.caller import Caller, From
 from loramux.server.api.errors import APIError
 from loramux.server.api.schemas.adapters import Adapter, AdapterDeleted, AdapterList, AdapterPatch, Tier
 from loramux.server.api.state import ServerState, State, in_thread
 from loramux.server.api.uploads import Form, receive_form, sharing_of
+from loramux.server.api.wire import JSONAnswer, joined
 from loramux.server.engine.protocol import AdapterResidency, EngineError
 
 logger = logging.getLogger(__name__)
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 JSON = "application/json"
 QUOTA_RETRY_SECONDS = 60
@@ -165,15 +167,13 @@ async def list_adapters(
     """The newest version of each adapter that the caller may use, its own first, a page at a time."""
     page = await state.in_store(state.store.visible, caller.tenant, limit=limit, after=after)
     view = AdapterView(state, caller)
-    data = [view.of(version) for version in page.data]
-    listing = AdapterList(
-        object="list",
-        data=data,
-        has_more=page.has_more,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-    )
-    return Response(listing.json_text(), media_type=JSON)
+
+    def listing() -> bytes:
+        data = [view.of(version) for version in page.data]
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return joined(AdapterList(object="list", data=data, has_more=page.has_more, first_id=first, last_id=last))
+
+    return JSONAnswer(await state.in_store(listing))
 
 
 @router.get("/v1/adapters/{name:path}", response_model=Adapter)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from loramux.adapters_store.names import owner_and_name
 from loramux.adapters_store.store import StoreUsage
 from loramux.adapters_store.tenants import Key, Tenant
+from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.schemas.admin import (
     ApiKey,
     ApiKeyList,
@@ -24,7 +25,7 @@ from loramux.server.api.schemas.admin import (
 )
 from loramux.server.api.state import ServerState, State
 
-router = APIRouter(prefix="/v1/admin")
+router = APIRouter(prefix="/v1/admin", route_class=BodyRoute)
 
 JSON = "application/json"
 PageSize = Annotated[int, Query(ge=1, le=1000)]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -32,6 +33,8 @@ from loramux.server.api.uploads import OVERHEAD_BYTES
 from loramux.server.observability.telemetry import Telemetry
 
 EVENT_SECONDS = 1.0
+WORK_THREADS = 4
+"""Threads for long texts and bodies. Each one that computes takes turns with the event loop, so they are few."""
 UPLOAD_PATH = "/v1/adapters"
 CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 CORS_EXPOSED = ("x-request-id", "x-loramux-adapters", "x-loramux-router-rung", "retry-after", "x-should-retry")
@@ -53,6 +56,8 @@ def create_app(state: ServerState, telemetry: Telemetry | None = None) -> FastAP
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        work = ThreadPoolExecutor(WORK_THREADS, thread_name_prefix="work")
+        asyncio.get_running_loop().set_default_executor(work)
         await state.count_store()
         await state.engine.start()
         events = asyncio.create_task(_take_events(state))
@@ -72,6 +77,7 @@ def create_app(state: ServerState, telemetry: Telemetry | None = None) -> FastAP
         title="loramux",
         version=__version__,
         lifespan=lifespan,
+        openapi_url=None,  # `ops` serves it
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

@@ -7,6 +7,7 @@ made on the server's machine (`loramux keys create`), so that an open server is 
 
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -31,6 +32,7 @@ ADMIN_PATHS = frozenset(
 """What shows or changes something of all tenants at once, or reads the server's disk."""
 SETTING = "setting"
 USES_SECONDS = 30.0
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def access_to(path: str) -> Access:
@@ -113,7 +115,11 @@ class KeyRing:
 
 
 class AuthMiddleware:
-    """Answers 401 to those without a key and 403 to keys that are for something else; says the others' names."""
+    """Answers 401 to those without a key and 403 to keys that are for something else; says the others' names.
+
+    Paths with control characters are not found: the patterns of routes end in `$`, which also matches before a newline
+    at the end, so that `/v1/router/train%0a` would reach a route that is an admin's under a path that is not.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, *, metrics_open: bool = False) -> None:
         self._app = app
@@ -124,6 +130,9 @@ class AuthMiddleware:
         """Unknown paths need a key, too."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if _CONTROL.search(scope["path"]):
+            await _no_such_path().response()(scope, receive, send)
             return
         access = access_to(scope["path"])
         if access == "metrics" and self._metrics_open:
@@ -164,6 +173,10 @@ class AuthMiddleware:
 def _unauthorized(*, given: bool) -> APIError:
     message = "Incorrect API key provided." if given else "No API key provided: send `Authorization: Bearer KEY`."
     return APIError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _no_such_path() -> APIError:
+    return APIError(404, "Unknown request URL: it has a control character.", code="not_found")
 
 
 def _forbidden(message: str) -> APIError:

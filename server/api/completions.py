@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loramux.server.api.answer import Answer
+from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.caller import From
 from loramux.server.api.context import arrival, request_id
 from loramux.server.api.errors import bad_request
@@ -26,9 +27,10 @@ from loramux.server.api.schemas.completions import Completion, CompletionChoice,
 from loramux.server.api.schemas.logprobs import TextLogprobs
 from loramux.server.api.state import ServerState, State
 from loramux.server.api.streaming import event
+from loramux.server.api.structured import checked_constraint
 from loramux.server.api.token_bytes import TokenBytes
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 DEFAULT_MAX_TOKENS = 16
 ROUTED_TOKENS = 2048  # of a prompt in token ids the router sees the end
@@ -46,12 +48,15 @@ async def create_completion(request: Request, body: CompletionRequest, state: St
     async with AsyncExitStack() as resources:
         selection = await resources.enter_async_context(select(state, body.model, body.adapters, query))
         copies, keep = _copies(state, body)
+        constraint = await checked_constraint(state, body, caller.tenant)
         prompts = [
             await prompt_tokens(state, prompt, add_special_tokens=body.add_special_tokens is not False)
             for prompt in body.prompt
         ]
         sampling = [
-            sampling_params(state, body, len(prompt), wanted=body.max_tokens, default=DEFAULT_MAX_TOKENS)
+            sampling_params(
+                state, body, len(prompt), wanted=body.max_tokens, default=DEFAULT_MAX_TOKENS, constraint=constraint
+            )
             for prompt in prompts
         ]
         generation = Generation(
@@ -127,6 +132,9 @@ class TextAnswer(Answer):
         choices = self.generation.choices
         ids = {"prompt_token_ids": list(choices[0].prompt)} if self._want_ids and self._has_one_prompt else {}
         return {"loramux": self.selection.served_by, **ids}
+
+    def read(self, delta: Delta) -> None:
+        """See `Answer.read`: the generation keeps all that there is."""
 
     def whole(self) -> Completion:
         """See `Answer.whole`."""

@@ -6,6 +6,7 @@ where uvicorn's other parser would buffer hundreds of megabytes of it.
 
 import asyncio
 import json
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from loramux.server.api.errors import APIError, unavailable
 
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 PROBE_CONNECTIONS = 32
+UNREAD_SECONDS = 60.0
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large",
             503: "Service Unavailable"}  # fmt: skip
 
@@ -65,11 +67,14 @@ class BoundedProtocol(H11Protocol):
 
     At most `max_connections` are served; beyond them `PROBE_CONNECTIONS` more get answers to probes and 503, and any
     further one is told 503 and closed at once. A head that is not complete `head_seconds` after its first byte (on a
-    new connection: after it was opened) ends the connection with 408, however steadily its bytes come.
+    new connection: after it was opened) ends the connection with 408, however steadily its bytes come. A client that
+    takes nothing of what is sent to it for `unread_seconds` is cut off (by the system, where it offers that): closing
+    a connection waits for its last bytes to be read, for ever if need be.
     """
 
     max_connections: int
     head_seconds: float
+    unread_seconds: float
     on_refusal: Callable[[int], object]
 
     def __init__(
@@ -85,6 +90,9 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Counts the connection and starts to wait for its first head."""
         super().connection_made(transport)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = int(self.unread_seconds * 1000)
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         open_now = len(self.connections)
         if open_now > self.max_connections + PROBE_CONNECTIONS:
             self._refuse(too_many_connections())
@@ -149,9 +157,16 @@ class BoundedProtocol(H11Protocol):
         self.transport.close()
 
 
-def bounded(*, max_connections: int, head_seconds: float, on_refusal: Callable[[int], object]) -> type[BoundedProtocol]:
+def bounded(
+    *,
+    max_connections: int,
+    head_seconds: float,
+    on_refusal: Callable[[int], object],
+    unread_seconds: float = UNREAD_SECONDS,
+) -> type[BoundedProtocol]:
     """The protocol with its bounds, as the class that uvicorn wants. `on_refusal` is told each refusal's status."""
     bounds = {
-        "max_connections": max_connections, "head_seconds": head_seconds, "on_refusal": staticmethod(on_refusal),
+        "max_connections": max_connections, "head_seconds": head_seconds, "unread_seconds": unread_seconds,
+        "on_refusal": staticmethod(on_refusal),
     }  # fmt: skip
     return type("BoundedH11Protocol", (BoundedProtocol,), bounds)

@@ -1,6 +1,6 @@
 """Token ids back to text, a few at a time, and the stop strings that may end in the middle of it."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
@@ -18,12 +18,21 @@ class Detokenizer:
     incomplete UTF-8 character is held back until it is complete. A character has at most four bytes, so bytes that
     never become one are let go as U+FFFD after `MAX_HELD_TOKENS` tokens: the work per token is bounded.
 
-    The prompt's last tokens are the first context, so that a word that follows the prompt keeps its space.
+    The prompt's last tokens are the first context, so that a word that follows the prompt keeps its space. `hidden`
+    tokens have no text; they take the place of all special tokens where it is given.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        hidden: Set[int] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special_tokens
+        self._skip_special = skip_special_tokens and hidden is None
+        self._hidden = hidden or frozenset()
         self._context = list(prompt[-CONTEXT_TOKENS:])
         self._context_text = self._decode(self._context)
         if self._context_text.endswith(REPLACEMENT):
@@ -31,6 +40,8 @@ class Detokenizer:
         self._held: list[int] = []
 
     def _decode(self, token_ids: list[int]) -> str:
+        if self._hidden:
+            token_ids = [token for token in token_ids if token not in self._hidden]
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
         return text
 

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loramux.server.api.auto.probing import pooled
+from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.caller import From
 from loramux.server.api.completions import prompt_tokens
 from loramux.server.api.context import arrival, request_id
@@ -26,9 +27,10 @@ from loramux.server.api.resolve import AUTO, Query, Selection, select
 from loramux.server.api.schemas.embeddings import EmbeddingList, EmbeddingRequest, EmbeddingUsage
 from loramux.server.api.state import ServerState, State
 from loramux.server.api.streaming import unless_disconnected
+from loramux.server.api.wire import JSONAnswer
 from loramux.server.engine.protocol import PoolingParams, QueueFullError
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 LANES = 8
 """Inputs of one request that the engine has at once: a long list leaves room for others."""
@@ -59,7 +61,7 @@ async def create_embeddings(request: Request, body: EmbeddingRequest, state: Sta
         embedding = Embedder(state, selection, f"embd-{request_id(request)}", prompts, arrival(request), lanes)
         vectors = await unless_disconnected(request, embedding.run())
         text = await asyncio.to_thread(_answer, vectors, selection, prompts, base64_wanted(body))
-        return Response(text, media_type="application/json", headers=selection.headers)
+        return JSONAnswer(text, headers=selection.headers)
 
 
 def base64_wanted(body: EmbeddingRequest) -> bool:

@@ -9,7 +9,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from loramux.adapters_store.errors import AdapterError
-from loramux.server.engine.protocol import AdapterLoadError, EngineDeadError, EngineError, QueueFullError
+from loramux.server.engine.protocol import (
+    AdapterLoadError,
+    EngineDeadError,
+    EngineError,
+    QueueFullError,
+    RequestRefusedError,
+)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -86,6 +92,8 @@ def from_engine(error: EngineError) -> APIError:
             503, f"The adapter cannot be brought to the device: {error}", type=SERVER_ERROR,
             code="adapter_not_loadable", headers={"x-should-retry": "false"},
         )  # fmt: skip
+    if isinstance(error, RequestRefusedError):
+        return bad_request(f"The request cannot be computed: {error}", code="request_refused")
     if error.retryable:
         return unavailable("The engine could not finish the request.", code="engine_error")
     return APIError(

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ from loramux.server.api.resolve import Selection
 from loramux.server.api.schemas.common import MAX_CHOICES, MAX_STOP_CHARS, MAX_STOPS, GenerationRequest, Usage
 from loramux.server.api.state import ServerState
 from loramux.server.engine.protocol import (
+    Constraint,
     EngineDeadError,
     EngineOutput,
     EngineRequest,
@@ -121,9 +122,18 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, field_name: str) 
 
 
 def sampling_params(
-    state: ServerState, body: GenerationRequest, prompt_tokens: int, *, wanted: int | None, default: int | None
+    state: ServerState,
+    body: GenerationRequest,
+    prompt_tokens: int,
+    *,
+    wanted: int | None,
+    default: int | None,
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
-    """The request's sampling with the model's defaults filled in. `default` None means the rest of the context."""
+    """The request's sampling with the model's defaults filled in. `default` None means the rest of the context.
+
+    `constraint` has been checked: see `structured.check_constraint`.
+    """
     max_tokens = limit_tokens(prompt_tokens, wanted, default, state.require_engine().max_model_len)
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
@@ -150,6 +160,7 @@ def sampling_params(
         logit_bias=tuple(body.biases.items()),
         logprobs=body.wanted_logprobs,
         prompt_logprobs=0 if about_prompt is None and not max_tokens else about_prompt,
+        constraint=constraint,
     )
 
 
@@ -187,14 +198,16 @@ class Generation:
         copies: int = 1,
         keep: int | None = None,
         echo: bool = False,
+        hidden: Set[int] | None = None,
     ) -> None:
         """`sampling` is that of each prompt, which gets `copies` answers, of which the best `keep` are kept in the end.
-        With `echo` an answer begins with its prompt."""
+        With `echo` an answer begins with its prompt. `hidden` tokens have no text: all special ones if it is None."""
         self._state = state
         self._selection = selection
         self._body = body
         self._request_id = request_id
         self._echo = echo
+        self._hidden = hidden
         self._copies, self._keep = copies, keep or copies
         self._sampling: list[SamplingParams] = []
         self.choices: list[Choice] = []
@@ -288,7 +301,7 @@ class Generation:
         try:
             outputs = _closable(self._state.engine.generate(request))
             async with aclosing(outputs):
-                text = _Text(self._state, self._body, choice, request.sampling.min_tokens)
+                text = _Text(self._state, self._body, choice, request.sampling.min_tokens, self._hidden)
                 async for output in outputs:
                     if not choice.has_begun.is_set() and output.finish_reason not in ("abort", "error"):
                         await self._begin(choice, output)
@@ -324,9 +337,13 @@ class Generation:
 class _Text:
     """Turns one sequence's engine outputs into deltas, token by token, and notices stop strings."""
 
-    def __init__(self, state: ServerState, body: GenerationRequest, choice: Choice, min_tokens: int) -> None:
+    def __init__(
+        self, state: ServerState, body: GenerationRequest, choice: Choice, min_tokens: int, hidden: Set[int] | None
+    ) -> None:
         skip = body.skip_special_tokens is not False
-        self._tokens = state.renderer.detokenizer(choice.prompt, skip_special_tokens=skip)
+        self._tokens = state.renderer.detokenizer(
+            choice.prompt, skip_special_tokens=skip, hidden=hidden if skip else None
+        )
         self._include_stop = bool(body.include_stop_str_in_output)
         self._stops = StopStrings(body.stops, include=self._include_stop)
         self._stop_token_ids = frozenset(body.stop_token_ids or ())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from loramux.server.api.schemas.logprobs import ChatLogprobs, TextLogprobs, Toke
 from loramux.server.api.token_bytes import TokenBytes
 
 LEAST = -9999.0  # stands for minus infinity, which JSON does not have
+PART_SCORES = 64
+"""Scores that are written at once: with 20 likeliest tokens each they take some milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +84,40 @@ def text_logprobs(scores: Sequence[TokenScore], words: TokenBytes) -> TextLogpro
     )
 
 
-def chat_logprobs(scores: Sequence[TokenScore], words: TokenBytes) -> ChatLogprobs:
-    """What a chat completion shows; `bytes` are exact where `token` cannot be."""
+class ScoredTokens(Sequence[TokenLogprob]):
+    """Tokens as a chat completion shows them; `bytes` are exact where `token` cannot be.
 
-    def one(token: int, value: float) -> TopLogprob:
-        data = words.of(token)
+    Each is made when it is looked at: a long answer's, with the likeliest tokens, would be a million objects at once,
+    whose number is what the garbage collector's pauses grow with.
+    """
+
+    def __init__(self, scores: Sequence[TokenScore], words: TokenBytes) -> None:
+        self._scores = scores
+        self._words = words
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprob: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ScoredTokens": ...
+    def __getitem__(self, index: int | slice) -> "TokenLogprob | ScoredTokens":
+        if isinstance(index, slice):
+            return ScoredTokens(self._scores[index], self._words)
+        score = self._scores[index]
+        first = self._one(score.token_id, LEAST if score.logprob is None else score.logprob)
+        top = [self._one(token, value) for token, value in score.top]
+        return TokenLogprob(token=first.token, logprob=first.logprob, bytes=first.bytes, top_logprobs=top)
+
+    def _one(self, token: int, value: float) -> TopLogprob:
+        data = self._words.of(token)
         return TopLogprob(token=data.decode(errors="replace"), logprob=value, bytes=list(data))
 
-    content = []
-    for score in scores:
-        first = one(score.token_id, LEAST if score.logprob is None else score.logprob)
-        top = [one(token, value) for token, value in score.top]
-        content.append(TokenLogprob(token=first.token, logprob=first.logprob, bytes=first.bytes, top_logprobs=top))
-    return ChatLogprobs(content=content, refusal=None)
+
+def chat_logprobs(scores: Sequence[TokenScore], words: TokenBytes) -> ChatLogprobs:
+    """What a chat completion shows. The content of many scores is made as it is written (`wire.json_pieces`)."""
+    tokens = ScoredTokens(scores, words)
+    if len(scores) <= PART_SCORES:
+        return ChatLogprobs(content=list(tokens), refusal=None)
+    return ChatLogprobs.model_construct(content=tokens, refusal=None)

@@ -1,5 +1,7 @@
 """What probes, scrapers and people who debug look at; open to everybody."""
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
@@ -33,3 +35,9 @@ async def metrics(request: Request, state: State) -> Response:
     """Prometheus' text format, or OpenMetrics for those who ask for it."""
     body, content_type = state.metrics.render(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type})
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> JSONResponse:
+    """The API's description. Made at the first request, which takes a moment, in a thread."""
+    return JSONResponse(await asyncio.to_thread(request.app.openapi))

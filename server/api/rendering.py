@@ -7,7 +7,8 @@ event loop.
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 
 from loramux.server.api.detokenize import Detokenizer
 from loramux.server.api.errors import bad_request
+from loramux.server.api.parsing import AnswerFormat
 from loramux.server.api.templates import ChatTemplate, TemplateOptions, Turn
 from loramux.server.api.token_bytes import TokenBytes
 
@@ -65,10 +67,21 @@ class SamplingDefaults:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation as tokens, and what of the answer they have already: see `AnswerFormat.begun`."""
+
+    token_ids: list[int]
+    begun: str
+
+
 class Renderer:
     """The tokenizer and the chat template of one model. Methods are safe from several threads at once.
 
-    Raises `TokenizerError` for a chat template that is none.
+    `definition` is the tokenizer as its `tokenizer.json` would have it. `format` is how the model's answers are read:
+    by a `response_template`, or as its chat template implies; None where there is nothing but text in them. `marks` are
+    the added tokens that the format looks for and that llguidance never takes for text: special ones, and `<...>`.
+    Raises `TokenizerError` for a chat template or a response template that is none.
     """
 
     def __init__(
@@ -76,6 +89,7 @@ class Renderer:
         tokenizer: Tokenizer,
         *,
         chat_template: str | Mapping[str, str] | None = None,
+        response_template: Mapping[str, Any] | None = None,
         special_tokens: Mapping[str, str] | None = None,
         defaults: SamplingDefaults | None = None,
         executor: Executor | None = None,
@@ -83,18 +97,48 @@ class Renderer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
+        self.definition: bytes = tokenizer.to_str().encode()
         try:
             self._template = None if chat_template is None else ChatTemplate(chat_template, special_tokens)
         except TemplateSyntaxError as error:
             raise TokenizerError(f"the chat template is wrong in line {error.lineno}: {error.message}") from None
+        self.format = self._format(response_template)
+        added = {token.content: (i, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
+        self.marks = {
+            token: i for token, (i, special) in added.items()
+            if self.format and self.format.mentions(token) and (special or re.fullmatch(r"<.+>", token))
+        }  # fmt: skip
+        self._hidden = {
+            offered: frozenset(
+                i for token, (i, special) in added.items()
+                if special and not (self.format and self.format.mentions(token, calls=offered))
+            )
+            for offered in (False, True)
+        }  # fmt: skip
         self._executor = executor
         self.defaults = defaults or SamplingDefaults()
         self.token_bytes = TokenBytes(tokenizer)
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def _format(self, response_template: Mapping[str, Any] | None) -> AnswerFormat | None:
+        """How answers are read."""
+        template = self._template
+        source, prompt = ("", "") if template is None else (template.source, template.generation_prompt)
+        try:
+            return AnswerFormat.find(source, prompt, response_template)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise TokenizerError(
+                f"the response template is wrong: {error} (--response-template FILE replaces the model's own)"
+            ) from None
+
     @classmethod
     def load(
-        cls, model_path: Path, *, chat_template: Path | None = None, executor: Executor | None = None
+        cls,
+        model_path: Path,
+        *,
+        chat_template: Path | None = None,
+        response_template: Path | None = None,
+        executor: Executor | None = None,
     ) -> "Renderer":
         """The renderer of a directory in Hugging Face layout; no code of the model's is run.
 
@@ -110,11 +154,18 @@ class Renderer:
         template = chat_template.read_text(encoding="utf-8") if chat_template else tokenizer.chat_template
         if isinstance(template, dict) and "default" not in template:
             template = None
+        reads = getattr(tokenizer, "response_template", None)
+        if response_template is not None:
+            try:
+                reads = json.loads(response_template.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise TokenizerError(f"{response_template} is no JSON: {error}") from None
         config = model_path / "generation_config.json"
         generation = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         return cls(
             Tokenizer.from_str(backend.to_str()),
             chat_template=template,
+            response_template=reads,
             special_tokens={k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
             defaults=SamplingDefaults.from_generation_config(generation),
             executor=executor,
@@ -144,13 +195,11 @@ class Renderer:
         """Runs work on texts and tokens in a thread of the renderer's."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
-    async def chat_tokens(self, messages: Sequence[Turn], options: TemplateOptions = PLAIN) -> list[int]:
-        """The prompt of a conversation. Rendered and encoded in a thread: what a template does is not known."""
-
-        def encode() -> list[int]:
-            return self.encode(self.render(messages, options), add_special_tokens=options.add_special_tokens)
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+    def prompt(self, messages: Sequence[Turn], options: TemplateOptions = PLAIN) -> Prompt:
+        """The prompt of a conversation. Blocks, for as long as the template likes: to be called in a thread."""
+        text = self.render(messages, options)
+        token_ids = self.encode(text, add_special_tokens=options.add_special_tokens)
+        return Prompt(token_ids, self.format.begun(text) if self.format else "")
 
     async def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The prompt of a text completion; a long one is encoded in a thread."""
@@ -171,6 +220,12 @@ class Renderer:
         """The vocabulary's own writing of each token; empty for an id that only the model has."""
         return [self._tokenizer.id_to_token(token) or "" for token in token_ids]
 
-    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
-        """The way back, for an answer to `prompt`."""
-        return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+    def hidden_tokens(self, *, offered: bool) -> Set[int] | None:
+        """The special tokens that are no marks, where answers have marks: of calls only if tools are `offered`."""
+        return None if self.format is None else self._hidden[offered]
+
+    def detokenizer(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, hidden: Set[int] | None = None
+    ) -> Detokenizer:
+        """The way back, for an answer to `prompt`; `hidden` are the tokens without text, if not all special ones."""
+        return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens, hidden=hidden)

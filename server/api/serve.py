@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 COPY_BYTES = 1 << 20
 GRACE_SECONDS = 10
 SPARE_FILES = 256  # for blobs, the registry, the engine's pipes
+SWITCH_SECONDS = 0.0005
+"""After how long a thread that computes hands over to the event loop, which waits for that after each send; by default
+ten times as long."""
 
 
 class ServeError(Exception):
@@ -100,7 +103,9 @@ def assemble(settings: Settings) -> Parts:
     path = find_model(settings)
     try:
         spec = base_spec_from_config(load_config(path), name=settings.base_name)
-        renderer = Renderer.load(path, chat_template=settings.chat_template)
+        renderer = Renderer.load(
+            path, chat_template=settings.chat_template, response_template=settings.response_template
+        )
         routing = prepare(settings, path, spec.num_layers)
     except (UnsupportedModelError, TokenizerError, RouterSetupError) as error:
         raise ServeError(str(error)) from error
@@ -283,6 +288,7 @@ def server_config(state: ServerState, app: ASGIApp) -> uvicorn.Config:
 def serve(settings: Settings) -> int:
     """Serves until a signal. Returns the exit status; raises `ServeError` when it cannot start."""
     configure_logging(settings.log_level, settings.log_format)
+    sys.setswitchinterval(SWITCH_SECONDS)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # decided once: the library warns and guesses otherwise
     files = raise_file_limit()
     if files < settings.max_connections + SPARE_FILES:

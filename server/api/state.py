@@ -21,6 +21,7 @@ from loramux.server.api.auto.parts import RouterParts
 from loramux.server.api.auto.service import RouterService
 from loramux.server.api.auto.shadow import Shadow
 from loramux.server.api.errors import bad_request, unavailable
+from loramux.server.api.grammar_check import GrammarCheck
 from loramux.server.api.metrics import Metrics, StoreCounts
 from loramux.server.api.rendering import Renderer
 from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineError, EngineInfo
@@ -106,11 +107,11 @@ class AdapterNames:
 class ServerState:
     """The parts of a running server.
 
-    `vocab_size` is the number of token ids the model knows, `model_created` the unix time that the base reports as
-    its creation. `router` serves `auto`, None where routing is off; `shadow` compares it with requests that name their
+    `vocab_size` is the number of token ids the model knows, `model_created` the unix time that the base reports as its
+    creation. `router` serves `auto`, None where routing is off; `shadow` compares it with requests that name their
     model, if asked to. `tenants` are the registry's keys and limits, `keys` what counts as a key, `gate` what each
-    tenant has under way. `pinned` maps keys of adapters whose newest version stays on the device to the digest pinned
-    now.
+    tenant has under way, `grammars` tries what answers shall be held to. `pinned` maps keys of adapters whose newest
+    version stays on the device to the digest pinned now.
     """
 
     settings: Settings
@@ -130,6 +131,7 @@ class ServerState:
     upload_threads: ThreadPoolExecutor
     pinned: dict[str, str] = field(default_factory=dict)
     sequence_numbers: Iterator[int] = field(default_factory=itertools.count)
+    grammars: GrammarCheck = field(default_factory=GrammarCheck)
     _in_use: Counter[str] = field(default_factory=Counter)
     _retired: set[str] = field(default_factory=set)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -251,6 +253,7 @@ class ServerState:
         if self._stopping is None:
             self._stopping = asyncio.create_task(self.engine.stop(drain_seconds=drain_seconds))
         await asyncio.shield(self._stopping)
+        await self.grammars.stop()
 
     def close(self) -> None:
         """Ends the threads and closes the store; nothing may use the state afterwards."""

@@ -91,8 +91,9 @@ class ChatTemplate:
     """A model's templates, compiled once: `default`, and those it has for `tool_use` and `rag`.
 
     `takes_parts`: content arrays reach the template as such, because it renders them; otherwise texts are joined by
-    newlines. `needs_parts`: it renders nothing else, so that a string is given as one part. Methods are safe from
-    several threads. Raises `jinja2.TemplateSyntaxError` for text that is no template.
+    newlines. `needs_parts`: it renders nothing else, so that a string is given as one part. `source` is the template
+    that knows most of how answers are written: the one for tools, where there is one. Methods are safe from several
+    threads. Raises `jinja2.TemplateSyntaxError` for text that is no template.
     """
 
     def __init__(
@@ -104,17 +105,31 @@ class ChatTemplate:
     ) -> None:
         environment = make_environment()
         sources = {"default": templates} if isinstance(templates, str) else dict(templates)
+        self.source = sources.get("tool_use", sources.get("default", ""))
         self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         self._names = {
             name: frozenset(meta.find_undeclared_variables(environment.parse(source)))
             for name, source in sources.items()
         }
+        self._takes_calls = {name: "tool_calls" in source for name, source in sources.items()}
         self._special_tokens = dict(special_tokens or {})
         self._reserved = RESERVED_NAMES | environment.globals.keys() | self._special_tokens.keys()
         self._seconds = seconds
         self.takes_parts, self.needs_parts = True, False  # while it is tried out
         self.takes_parts = self._shows([{"type": "text", "text": text} for text in PROBES])
         self.needs_parts = self.takes_parts and not self._shows(" ".join(PROBES))
+
+    @property
+    def generation_prompt(self) -> str:
+        """What a prompt ends with so that the assistant speaks; nothing where the template has no such thing."""
+        try:
+            asked, silent = (
+                self.render([{"role": "user", "content": PROBES[0]}], TemplateOptions(add_generation_prompt=speaks))
+                for speaks in (True, False)
+            )
+        except APIError:
+            return ""
+        return asked.removeprefix(silent) if asked.startswith(silent) else ""
 
     def _shows(self, content: Any) -> bool:
         """Whether the template renders such content as text, and not as Python writes a list."""
@@ -154,6 +169,11 @@ class ChatTemplate:
     def render(self, messages: Sequence[Turn], options: TemplateOptions) -> str:
         """The prompt's text. Blocks. Raises a 400 with the template's own complaint, or when it takes too long."""
         self.check(options)
+        if not self._takes_calls[self._pick(options)] and any(turn.get("tool_calls") for turn in messages):
+            raise bad_request(
+                "This model's chat template does not show earlier calls of tools: leave out `tool_calls`, or start the "
+                "server with a --chat-template that renders them.", "messages", "unsupported_parameter",
+            )  # fmt: skip
         turns = [self._turn(message) for message in messages]
         if options.continue_final_message:
             turns[-1] = _marked(turns[-1])

@@ -6,15 +6,18 @@ from dataclasses import replace
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.caller import Caller, From
 from loramux.server.api.errors import bad_request
 from loramux.server.api.generation import check_token_ids
 from loramux.server.api.models import find_adapter, max_len
 from loramux.server.api.resolve import AUTO
+from loramux.server.api.schemas.chat import turns_of
 from loramux.server.api.schemas.tokenize import Detokenized, DetokenizeRequest, TokenizeRequest, Tokens
 from loramux.server.api.state import ServerState, State
+from loramux.server.api.wire import JSONAnswer, written
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 JSON = "application/json"
 
@@ -35,11 +38,14 @@ async def tokenize(body: TokenizeRequest, state: State, caller: From) -> Respons
         if body.prompt is not None:
             ids = await state.renderer.text_tokens(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         else:
-            options = replace(body.template_options, tools=body.tools or None)
-            ids = await state.renderer.chat_tokens([m.for_template() for m in body.messages or ()], options)
+            tools = [tool.for_template() for tool in body.tools or ()] or None
+            options = replace(body.template_options, tools=tools)
+            talk = body.messages or ()
+            prompt = await state.renderer.in_thread(lambda: state.renderer.prompt(turns_of(talk), options))
+            ids = prompt.token_ids
         strings = await asyncio.to_thread(state.renderer.token_strings, ids) if body.return_token_strs else None
-        found = Tokens(count=len(ids), max_model_len=max_len(state), tokens=ids, token_strs=strings)
-        return Response(found.json_text(), media_type=JSON)
+        found = Tokens.model_construct(count=len(ids), max_model_len=max_len(state), tokens=ids, token_strs=strings)
+        return JSONAnswer(await written(found))
 
 
 @router.post("/detokenize", response_model=Detokenized)

@@ -33,9 +33,9 @@ class _Group:
 class Accepted:
     """What became of a step's decodes, by their index in the step.
 
-    `plain` go on with their token (None stands for all decodes of the step), `asking` may have ended with it or want
-    its log-probability, and `left` are not in the batch any more. `full` have filled a block with the tokens before
-    this one.
+    `plain` go on with their token (None stands for all decodes of the step), `asking` may have ended with it, want its
+    log-probability or are constrained, and `left` are not in the batch any more. `full` have filled a block with the
+    tokens before this one.
     """
 
     plain: Ints | None
@@ -67,7 +67,9 @@ class Batch:
         self._length, self._limit, self._last, self._source, self._held, self._free_at, self._group = (
             np.zeros(max_rows, dtype=np.int64) for _ in range(7)
         )
-        self._is_plain, self._is_adjusted, self._is_scored = (np.zeros(max_rows, dtype=bool) for _ in range(3))
+        self._is_plain, self._is_adjusted, self._is_scored, self._is_constrained = (
+            np.zeros(max_rows, dtype=bool) for _ in range(4)
+        )
         self._sampling = SamplingColumns.zeros(max_rows)
         self._recent = np.zeros((max_rows, block_size), dtype=np.int64)
         self._tables: Tables = np.zeros((max_rows, _FIRST_BLOCKS), dtype=np.int32)
@@ -100,6 +102,7 @@ class Batch:
         self._is_plain[row] = seq.is_plain
         self._is_adjusted[row] = sampling.is_adjusted
         self._is_scored[row] = sampling.logprobs is not None
+        self._is_constrained[row] = seq.matcher is not None
         self._sampling.put(row, sampling)
         self.take_blocks(seq)
         key = seq.current_span.key
@@ -222,7 +225,8 @@ class Batch:
         self._recent[rows, column] = tokens
         newest = self._length[rows] == ends + 1
         self._last[rows[newest]] = tokens[newest]
-        asks = (ends + 1 >= self._limit[rows]) | (self._end_uses[tokens] > 0) | self._is_scored[rows]
+        tells = self._is_scored[rows] | self._is_constrained[rows]
+        asks = (ends + 1 >= self._limit[rows]) | (self._end_uses[tokens] > 0) | tells
         asking = np.flatnonzero(asks)
         if index is None:
             plain = None if not len(asking) else np.flatnonzero(~asks)
@@ -291,4 +295,5 @@ class Batch:
             bool(self._is_plain[rows].all()),
             bool(self._is_adjusted[rows].any()),
             bool(self._is_scored[rows].any()),
+            bool(self._is_constrained[rows].any()),
         )

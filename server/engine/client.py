@@ -23,6 +23,7 @@ from loramux.server.engine.protocol import (
     EngineState,
     EngineStats,
     QueueFullError,
+    RequestRefusedError,
     StepEvent,
 )
 from loramux.server.engine.sockets import SocketDirectory, remove_stale
@@ -367,8 +368,9 @@ class ProcessEngineClient:
             self._changed.set()
         if output.finish_reason == "error":
             message = output.error or "the engine refused the request"
-            is_load = output.error_kind == "adapter"
-            stream.queue.put_nowait(AdapterLoadError(message) if is_load else EngineError(message, retryable=False))
+            kinds = {"adapter": AdapterLoadError, "request": RequestRefusedError}
+            kind = kinds.get(output.error_kind or "")
+            stream.queue.put_nowait(EngineError(message, retryable=False) if kind is None else kind(message))
         else:
             stream.queue.put_nowait(output)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from loramux.server.engine.assembly import assemble
 from loramux.server.engine.batch import Batch
 from loramux.server.engine.blocks import BlockManager
 from loramux.server.engine.config import EngineConfig
+from loramux.server.engine.constraints import Constraints
 from loramux.server.engine.loading import LoadedModel
 from loramux.server.engine.logprobs import MAX_LOGPROBS, Floats
 from loramux.server.engine.output import answer, pooled_output, prompt_output
@@ -33,7 +35,7 @@ from loramux.server.engine.protocol import (
 )
 from loramux.server.engine.runner import Launched
 from loramux.server.engine.sampler import INVALID_TOKEN
-from loramux.server.engine.scheduler import Scheduler
+from loramux.server.engine.scheduler import Failure, Scheduler
 from loramux.server.engine.sequence import PENDING, Sequence
 from loramux.server.engine.step import Decodes, Ints, Step
 
@@ -106,14 +108,20 @@ class EngineCore:
         self.tier = DeviceTier(self.backend, self.host)
         self.blocks = BlockManager(self.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
         self._vocab_size = int(self.model.module.get_input_embeddings().weight.shape[0])
+        outputs = int(self.model.module.get_output_embeddings().weight.shape[0])
         self.batch = Batch(
             config.max_num_seqs, config.block_size, eos_token_ids=self.model.eos_token_ids, order=self.backend.order,
-            vocab_size=max(self._vocab_size, int(self.model.module.get_output_embeddings().weight.shape[0])),
+            vocab_size=max(self._vocab_size, outputs),
+        )  # fmt: skip
+        self.constraints = Constraints(
+            Path(config.model_path), vocab_size=outputs, eos_token_ids=self.model.eos_token_ids,
+            limit=config.max_num_seqs,
         )  # fmt: skip
         self.scheduler = Scheduler(
             self.blocks,
             self.tier,
             self.batch,
+            self.constraints,
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
             check_set=self.backend.check_set,
@@ -182,16 +190,18 @@ class EngineCore:
             seq.has_ended = True
             self.scheduler.finish(seq)
             self.runner.penalties.release(seq)
+            self.constraints.release(seq)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do: sequences, or adapters on the move."""
         return bool(self._sequences) or self._in_flight is not None or not self.tier.idle()
 
     def is_waiting_only(self) -> bool:
-        """Whether nothing can be computed now: no sequence runs and those that wait, wait for adapters."""
+        """Whether nothing can be computed now: no sequence runs, and those that wait need an adapter or a matcher."""
         if self._in_flight is not None or self.scheduler.running:
             return False
-        return len(self.scheduler.waiting) == self.scheduler.waiting_for_adapter
+        missing = self.scheduler.waiting_for_adapter + self.scheduler.waiting_for_constraint
+        return len(self.scheduler.waiting) == missing
 
     def step(self) -> StepResult:
         """Moves adapters, starts one batch, and returns what each request got.
@@ -202,7 +212,7 @@ class EngineCore:
         """
         loads = self.tier.poll()
         step, failures = self.scheduler.schedule()
-        others = [self._fail(f.seq, f.message) for f in failures]
+        others = [self._fail(failure) for failure in failures]
         column = self._guarded(step, others)
         tokens = step.num_tokens
         self._scheduled_tokens += tokens
@@ -248,7 +258,8 @@ class EngineCore:
         self.tier.pin(digest, pinned)
 
     def close(self) -> None:
-        """Ends the loader's threads and frees adapter memory."""
+        """Ends the threads that load adapters and compile constraints, and frees adapter memory."""
+        self.constraints.close()
         self.tier.close()
 
     def _guarded(self, step: Step, others: list[EngineOutput]) -> TokenColumn:
@@ -298,6 +309,7 @@ class EngineCore:
     def _complete(self, launched: Launched, others: list[EngineOutput]) -> TokenColumn:
         """The tokens of a batch, once the device has them: `others` get the outputs that say more than a token."""
         tokens = launched.result()
+        self.runner.take(launched)
         if launched.prompt_scores is not None:
             found = iter(launched.prompt_scores.rows())
             for part in launched.scored_prompts:
@@ -362,11 +374,12 @@ class EngineCore:
         if output.finish_reason is not None:
             self.abort(seq.request_id)
 
-    def _fail(self, seq: Sequence, message: str) -> EngineOutput:
+    def _fail(self, failure: Failure) -> EngineOutput:
+        seq = failure.seq
         self._sequences.pop(seq.request_id, None)
         seq.has_ended = True
         self.runner.penalties.release(seq)
-        return EngineOutput(seq.request_id, finish_reason="error", error=message, error_kind="adapter")
+        return EngineOutput(seq.request_id, finish_reason="error", error=failure.message, error_kind=failure.kind)
 
 
 def _check_numbers(request: EngineRequest, vocab_size: int) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from loramux.server.engine.logprobs import Floats
-from loramux.server.engine.protocol import EngineOutput, FinishReason
+from loramux.server.engine.protocol import EngineOutput, ErrorKind, FinishReason
 from loramux.server.engine.sampler import INVALID_TOKEN
 from loramux.server.engine.sequence import Sequence
 
@@ -15,17 +15,24 @@ def answer(
 ) -> EngineOutput:
     """What the client is told of the token chosen for a position, and whether the sequence ends with it.
 
-    An end-of-sequence id (unless `ignore_eos`) or a stop id ends it as "stop", `max_tokens` as "length". A token of -1
-    (logits that are not finite) ends it as "error". `logprobs` are what the request wants of the token.
+    An end-of-sequence id (unless `ignore_eos`) or a stop id ends it as "stop", and so does a constraint that is
+    fulfilled; `max_tokens` as "length". A token of -1 (logits that are not finite) ends it as "error", and so does a
+    constraint that cannot be followed any further. `logprobs` are what the request wants of the token.
     """
     sampling = seq.request.sampling
     if token == INVALID_TOKEN:
         return _not_finite(seq)
+    if seq.broken is not None:
+        return _failed(seq, seq.broken, "request")
     reason: FinishReason | None = None
     stop_token = None
-    ends = token in sampling.stop_token_ids or (token in eos_token_ids and not sampling.ignore_eos)
-    if ends and position >= seq.free_at:
+    is_eos = token in eos_token_ids
+    ends = token in sampling.stop_token_ids or (is_eos and not sampling.ignore_eos)
+    is_complete = seq.matcher is not None and seq.matcher.is_complete
+    if (ends and position >= seq.free_at) or (is_complete and (ends or is_eos)):
         reason, stop_token = "stop", token
+    elif is_complete:
+        reason = "stop"
     if reason is None and position + 1 >= seq.limit:
         reason = "length"
     return EngineOutput(
@@ -54,10 +61,13 @@ def _prompt_logprobs(seq: Sequence) -> bytes | None:
 
 def _not_finite(seq: Sequence) -> EngineOutput:
     message = "the model's output is not finite (NaN or infinity); check the adapter's weights and the dtype"
+    return _failed(seq, message, "model")
+
+
+def _failed(seq: Sequence, message: str, kind: ErrorKind) -> EngineOutput:
     return EngineOutput(
-        seq.request_id, (), "error", seq.cached_tokens, error=message, error_kind="model",
-        scheduled_at=seq.scheduled_at,
-    )  # fmt: skip
+        seq.request_id, (), "error", seq.cached_tokens, error=message, error_kind=kind, scheduled_at=seq.scheduled_at
+    )
 
 
 def pooled_output(seq: Sequence, states: Tensor) -> EngineOutput:

@@ -134,6 +134,7 @@ def main(commands: str, reports: str) -> int:
     except Exception as error:
         logger.exception("the engine cannot start")
         return _cannot_start(end, f"{type(error).__name__}: {error}")
+    core.constraints.prepare()
     gc.collect()
     gc.freeze()
     end.send(Report.READY, encode_info(core.info))

@@ -42,12 +42,32 @@ class AdapterLoadError(EngineError):
         super().__init__(message, retryable=False)
 
 
+class RequestRefusedError(EngineError):
+    """The request asks for what cannot be computed; a constraint may show that only in the middle of an answer."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=False)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
     """One member of an adapter set: the digest of its canonical form and its weight in the sum."""
 
     digest: str
     weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer's text must match, from its first token to its end.
+
+    `text` is the JSON text of a schema, a regular expression, the JSON list of the strings to choose from, or a grammar
+    in llguidance's variant of Lark (which may hold `%json {...}` and special tokens as `<|name|>`); empty for
+    `json_object`, any JSON object.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "lark"]
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +83,9 @@ class SamplingParams:
     of the likeliest ones; `prompt_logprobs` for the same of the prompt's tokens from the second on. Both are of the
     model's own distribution, which no setting changes: log_softmax(logits). `max_tokens` may be 0 for a request that
     asks for `prompt_logprobs`.
+
+    With a `constraint` only tokens that may still lead to a matching text can be chosen, and generation ends as "stop"
+    when the text is complete, whatever `min_tokens` and `ignore_eos` say.
     """
 
     max_tokens: int
@@ -80,6 +103,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     @property
     def is_penalised(self) -> bool:
@@ -244,7 +268,7 @@ class EngineClient(Protocol):
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """Yields outputs until one has a `finish_reason`. Closing or cancelling the iterator aborts the request.
 
-        Raises `QueueFullError`, `EngineDeadError`, `AdapterLoadError`.
+        Raises `QueueFullError`, `EngineDeadError`, `AdapterLoadError`, `RequestRefusedError`.
         """
 
     async def forget_adapter(self, digest: str) -> None:

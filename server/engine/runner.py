@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loramux.kernels.lora.interface import LoraBackend
 from loramux.server.engine.attention import AttentionPath
+from loramux.server.engine.constraints import Held, Masks
 from loramux.server.engine.graphs import DecodeGraphs
 from loramux.server.engine.inputs import Scored, StepInputs, row_segments, step_inputs
 from loramux.server.engine.loading import LoadedModel
@@ -29,7 +30,8 @@ class Launched:
     `sampling` are the chunks that end at their sequence's last token: `tokens[i]` on the device is the next token of
     the i-th of them, -1 where the logits are not finite. `pooled` holds the means of the pooling requests that the step
     completes. `scores` are those of the chosen tokens, for the chunks of `sampling` that want them, whose numbers are
-    `scored_rows`; `prompt_scores` those of the prompt tokens `scored_prompts`.
+    `scored_rows`; `prompt_scores` those of the prompt tokens `scored_prompts`. `held` are the rows of `sampling` whose
+    tokens are constrained.
     """
 
     step: Step
@@ -41,6 +43,7 @@ class Launched:
     scores: Scores | None = None
     scored_prompts: tuple[Scored, ...] = ()
     prompt_scores: Scores | None = None
+    held: Held | None = None
 
     def result(self) -> Ints:
         """The next token of each chunk of `sampling`, int64; waits for the device."""
@@ -70,6 +73,7 @@ class Runner:
         self._graphs = graphs
         self._staging = Staging(model.device)
         self.penalties = Penalties(model.device)
+        self._masks = Masks(model.device)
         self._score_staging = Staging(model.device)
         for projection in model.projections:
             projection.backend = backend
@@ -80,7 +84,8 @@ class Runner:
     def launch(self, chunks: Seq[Chunk], previous: Launched | None = None) -> Launched:
         """Starts a step, or that of these chunks (single tokens first); on a card it does not wait for the device.
 
-        `previous` is the step before, needed when a chunk's last token is pending in it.
+        `previous` is the step before, needed when a chunk's last token is pending in it. A step with constrained
+        sequences waits, when the model is launched, for the tokens of the step before.
         """
         step = Step.of(chunks)
         inputs = step_inputs(step, self.block_size)
@@ -93,9 +98,25 @@ class Runner:
             logits = self.compute(inputs, previous)
             pooled = {}
         sampling = inputs.sampling
-        tokens = None if not len(sampling) else self._choose(logits[: len(sampling)], sampling)
-        launched = Launched(step, sampling, tokens, None if tokens is None else Download(tokens), pooled)
-        return self._scored(launched, inputs, logits)
+        held = self._held(sampling)
+        if held is not None and previous is not None:
+            self.take(previous)
+        tokens = None if not len(sampling) else self._choose(logits[: len(sampling)], sampling, held)
+        download = None if tokens is None else Download(tokens)
+        return self._scored(Launched(step, sampling, tokens, download, pooled, held=held), inputs, logits)
+
+    def take(self, launched: Launched) -> None:
+        """The matchers of a step's constrained sequences take its tokens, if they have not yet; waits for them."""
+        if launched.held is not None:
+            self._masks.take(launched.held, launched.result())
+
+    def _held(self, sampling: Step) -> Held | None:
+        """The constrained rows of a step, if it has any."""
+        layout = None if sampling.decodes is None else sampling.decodes.layout
+        rows = [] if layout is None or not layout.is_constrained else list(enumerate(layout.seqs))
+        rows += enumerate((seq for seq, _, _ in sampling.chunks), sampling.num_decodes)
+        held = [(row, seq) for row, seq in rows if seq.matcher is not None]
+        return Held(tuple(row for row, _ in held), tuple(seq for _, seq in held)) if held else None
 
     def _scored(self, launched: Launched, inputs: StepInputs, logits: Tensor) -> Launched:
         """The step with the log-probabilities that its requests want, if they do."""
@@ -118,11 +139,11 @@ class Runner:
             found.update(scored_prompts=inputs.scored, prompt_scores=Scores(tops, table))
         return replace(launched, **found) if found else launched
 
-    def _choose(self, logits: Tensor, sampling: Step) -> Tensor:
+    def _choose(self, logits: Tensor, sampling: Step, held: Held | None) -> Tensor:
         """The next token of each chunk, int64 on the device."""
         layout = None if sampling.decodes is None else sampling.decodes.layout
         if (layout is None or layout.is_plain) and all(seq.is_plain for seq, _, _ in sampling.chunks):
-            return best(logits)
+            return best(logits if held is None else self._constrained(logits, held, {}))
         settings = SamplingColumns.of([seq.request.sampling for seq, _, _ in sampling.chunks])
         positions = np.array([end for _, _, end in sampling.chunks], dtype=np.int64)
         free_at = np.array([seq.free_at for seq, _, _ in sampling.chunks], dtype=np.int64)
@@ -132,12 +153,28 @@ class Runner:
             positions = np.concatenate([sampling.decodes.ends, positions])
             free_at = np.concatenate([layout.free_at, free_at])
         banned = {row: self._ends(seqs[row]) for row in np.flatnonzero(positions < free_at).tolist()}
-        if not ((layout is not None and layout.is_adjusted) or any(s.request.sampling.is_adjusted for s in others)):
-            return sample(logits, settings, positions, banned, self._staging)
-        adjusted = self.penalties.of(layout, others, logits.shape[1])
-        tokens = sample(self.penalties.apply(logits, adjusted), settings, positions, banned, self._staging)
-        self.penalties.count(adjusted, tokens)
+        adjusted = None
+        if (layout is not None and layout.is_adjusted) or any(s.request.sampling.is_adjusted for s in others):
+            adjusted = self.penalties.of(layout, others, logits.shape[1])
+            logits = self.penalties.apply(logits, adjusted)
+        if held is not None:
+            logits = self._constrained(logits, held, banned)
+            banned = {row: ends for row, ends in banned.items() if row not in held.rows}
+        tokens = sample(logits, settings, positions, banned, self._staging)
+        if adjusted is not None:
+            self.penalties.count(adjusted, tokens)
         return tokens
+
+    def _constrained(self, logits: Tensor, held: Held, banned: Mapping[int, tuple[int, ...]]) -> Tensor:
+        """The logits with -inf for what the rows' constraints do not allow, and for their ends while they may not end.
+
+        A sequence that ignores ends of sequences goes on for as long as its constraint allows more.
+        """
+        ends = {
+            row: banned.get(row) or self.model.eos_token_ids for row, seq in zip(held.rows, held.seqs, strict=True)
+            if row in banned or seq.request.sampling.ignore_eos
+        }  # fmt: skip
+        return self._masks.apply(logits, held, ends)
 
     def _pool(self, step: Step, hidden: Mapping[int, Tensor]) -> dict[Sequence, Download]:
         """Adds the step's hidden states to its pooling requests; the answers of those that are complete."""

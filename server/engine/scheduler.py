@@ -2,8 +2,9 @@
 
 Each step has a budget of tokens. Decoding sequences, the rows of the batch, come first, one token each; then prompts
 that are partly computed; then waiting requests, in an order that is fair to tenants and adapter sets (`FairQueue`), in
-chunks that fill the budget. Requests whose adapters are on their way to the device wait without holding others up. When
-blocks run out the youngest running sequence gives its blocks back and is recomputed later.
+chunks that fill the budget. Requests whose adapters are on their way to the device, or whose constraint is being
+compiled, wait without holding others up. When blocks run out the youngest running sequence gives its blocks back and is
+recomputed later.
 """
 
 import time
@@ -15,6 +16,8 @@ from typing import Protocol
 from loramux.server.engine.batch import Batch
 from loramux.server.engine.blocks import BlockManager
 from loramux.server.engine.fair_queue import FairQueue
+from loramux.server.engine.grammars import ConstraintError
+from loramux.server.engine.protocol import ErrorKind
 from loramux.server.engine.sequence import Sequence
 from loramux.server.engine.step import Chunk, Ints, Step
 
@@ -39,12 +42,20 @@ class AdapterGate(Protocol):
         """The caller that waited for this set no longer does."""
 
 
+class ConstraintGate(Protocol):
+    """What the scheduler needs of the constraints."""
+
+    def ready(self, seq: Sequence) -> bool:
+        """Whether the sequence can be held to its constraint now; raises ConstraintError when it never can."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A sequence that left the queue because it can never run."""
 
     seq: Sequence
     message: str
+    kind: ErrorKind
 
 
 class Scheduler:
@@ -55,6 +66,7 @@ class Scheduler:
         blocks: BlockManager,
         adapters: AdapterGate,
         batch: Batch,
+        constraints: ConstraintGate,
         *,
         max_num_seqs: int,
         max_batched_tokens: int,
@@ -67,11 +79,12 @@ class Scheduler:
         self.blocks = blocks
         self.adapters = adapters
         self.batch = batch
+        self.constraints = constraints
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.waiting: FairQueue[Sequence] = FairQueue(lambda seq: (seq.request.tenant, seq.spans[0].key))
         self.running: dict[Sequence, None] = {}
-        self.waiting_for_adapter = 0
+        self.waiting_for_adapter = self.waiting_for_constraint = 0
         self.preemptions = 0
         self._check_set = check_set
         self._order = order
@@ -148,12 +161,21 @@ class Scheduler:
 
     def _admit(self, budget: int, chunks: dict[Sequence, Chunk]) -> list[Failure]:
         failures: list[Failure] = []
+        uncompiled = 0
         while budget > 0 and len(self.running) < self.max_num_seqs and (seq := self.waiting.peek()) is not None:
             try:
+                if not self.constraints.ready(seq):
+                    uncompiled += 1
+                    self.waiting.set_aside()
+                    continue
                 slots = self.adapters.acquire(seq.digests)
+            except ConstraintError as error:
+                self.waiting.drop()
+                failures.append(Failure(seq, str(error), "request"))
+                continue
             except self._load_errors as error:
                 self.waiting.drop()
-                failures.append(Failure(seq, str(error)))
+                failures.append(Failure(seq, str(error), "adapter"))
                 continue
             if slots is None:
                 self.waiting.set_aside()
@@ -165,7 +187,7 @@ class Scheduler:
             except ValueError as error:
                 self._give_back(seq)
                 self.waiting.drop()
-                failures.append(Failure(seq, str(error)))
+                failures.append(Failure(seq, str(error), "adapter"))
                 continue
             if not self._fits(seq):
                 self._give_back(seq)
@@ -189,7 +211,8 @@ class Scheduler:
             budget -= end - cached
         ahead = self.waiting.upcoming(LOOK_AHEAD)
         self.adapters.prefetch([digest for seq in ahead for digest in seq.digests])
-        self.waiting_for_adapter = self.waiting.set_aside_count
+        self.waiting_for_constraint = uncompiled
+        self.waiting_for_adapter = self.waiting.set_aside_count - uncompiled
         self.waiting.resume()
         return failures
 

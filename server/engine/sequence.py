@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from loramux.server.engine.grammars import Matcher
 from loramux.server.engine.protocol import AdapterRef, EngineRequest
 
 PENDING = -1
@@ -62,6 +63,8 @@ class Sequence:
     `generates` says that tokens are wanted, and not only what is known of the prompt. `scores_prompt`: so are the
     log-probabilities of the prompt's tokens, those after its first `num_scored` ones still; `prompt_scores` are the
     ones that nobody was told yet, as `EngineOutput` has them. `counts` is the sequence's row in `penalties.Penalties`.
+    `matcher` follows the request's constraint, from the queue's end on: it has taken all tokens that the host has seen.
+    `broken` says why it cannot go on.
 
     `source` is the number of the pending token among those that its step chooses. `row` is the sequence's row in the
     decode batch; while it has one, `tokens`, `num_computed` and `source` lag behind (see `batch.Batch`).
@@ -90,6 +93,8 @@ class Sequence:
     num_scored: int = 0
     prompt_scores: list[bytes] = field(default_factory=list)
     counts: int | None = None
+    matcher: Matcher | None = None
+    broken: str | None = None
 
     @classmethod
     def from_request(cls, request: EngineRequest) -> "Sequence":

@@ -36,7 +36,8 @@ class Layout:
     It is kept, as the same object, while the steps have the same rows, so that what is built from it may be kept too.
     `segments` are the decodes by adapter set. `is_plain`: all rows take their best token, whatever it is. Tokens that
     end a sequence are impossible for row i before position `free_at[i]`. `is_adjusted`: some row's logits are changed
-    by penalties or biases; `is_scored`: some row's log-probabilities are wanted.
+    by penalties or biases; `is_scored`: some row's log-probabilities are wanted; `is_constrained`: some row's sequence
+    has a matcher.
     """
 
     rows: Ints
@@ -48,6 +49,7 @@ class Layout:
     is_plain: bool
     is_adjusted: bool
     is_scored: bool
+    is_constrained: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)

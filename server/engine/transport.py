@@ -19,6 +19,7 @@ import zmq.asyncio
 from loramux.server.engine.protocol import (
     AdapterRef,
     AdapterResidency,
+    Constraint,
     EngineInfo,
     EngineOutput,
     EngineRequest,
@@ -63,6 +64,8 @@ def decode_request(raw: list[Any]) -> EngineRequest:
     values = dict(zip((f.name for f in fields(SamplingParams)), sampling, strict=True))
     values["stop_token_ids"] = tuple(values["stop_token_ids"])
     values["logit_bias"] = tuple((token, bias) for token, bias in values["logit_bias"])
+    if values["constraint"] is not None:
+        values["constraint"] = Constraint(*values["constraint"])
     return EngineRequest(
         request_id,
         tuple(prompt),

@@ -50,15 +50,15 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Token id = byte for 0..255, then the marks."""
+def byte_tokenizer(marks: Sequence[str] = ()) -> Tokenizer:
+    """Token id = byte for 0..255, then the marks, and the special tokens `marks`."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(256, 512))
     symbols = [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in (*MARKS, *marks)])
     return tokenizer
 
 
@@ -72,6 +72,17 @@ def saying(text: str | bytes, *, per_step: int = 1, end: bool = True) -> Script:
 
     def script(request: EngineRequest) -> list[Step]:
         steps: list[Step] = [list(data[i : i + per_step]) for i in range(0, len(data), per_step)]
+        return [*steps, [END]] if end else steps
+
+    return script
+
+
+def writing(tokenizer: Tokenizer, text: str, *, per_step: int = 1, end: bool = True) -> Script:
+    """The same of a text whose special tokens are written as such."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+
+    def script(request: EngineRequest) -> list[Step]:
+        steps: list[Step] = [ids[i : i + per_step] for i in range(0, len(ids), per_step)]
         return [*steps, [END]] if end else steps
 
     return script
@@ -266,6 +277,8 @@ def make_bench(
     root: Path,
     *,
     template: str | None = TEMPLATE,
+    response_template: dict[str, Any] | None = None,
+    marks: Sequence[str] = (),
     defaults: SamplingDefaults | None = None,
     base_examples: Sequence[str] = (),
     telemetry: Telemetry | None = None,
@@ -275,10 +288,13 @@ def make_bench(
     chosen = Settings(**{"model": None, "served_model_name": BASE, "store_dir": root, "port": 0, **settings})
     store = AdapterStore(root / "store", base_spec(), StoreLimits(min_free_bytes=0))
     engine = FakeEngine()
-    renderer = Renderer(byte_tokenizer(), chat_template=template, defaults=defaults)
+    renderer = Renderer(
+        byte_tokenizer(marks), chat_template=template, response_template=response_template, defaults=defaults
+    )
     parts = RouterParts(True, "tiny", None, 64, NgramEncoder(64), tuple(base_examples))
     state = ServerState.make(
-        chosen, engine, store, renderer, routing=parts if chosen.router == "on" else None, vocab_size=VOCAB,
+        chosen, engine, store, renderer, routing=parts if chosen.router == "on" else None,
+        vocab_size=max(VOCAB, renderer.vocab_size),
         model_created=1_700_000_000,
     )  # fmt: skip
     return Bench(engine, store, state, create_app(state, telemetry))

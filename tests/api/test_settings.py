@@ -30,6 +30,7 @@ def test_defaults_are_valid() -> None:
 
 SAMPLES = {
     "model": ("org/name", "org/name"), "revision": None, "served_model_name": ("a/b", ("a/b",)), "chat_template": None,
+    "response_template": None,
     "host": ("0.0.0.0", "0.0.0.0"), "port": ("0", 0), "api_key": None, "max_request_bytes": ("2MiB", 2 << 20),
     "body_timeout_seconds": ("2.5", 2.5), "drain_seconds": ("0", 0.0), "log_level": ("debug", "debug"),
     "console": ("off", "off"),

@@ -63,7 +63,7 @@ async def test_models(bench: Bench) -> None:
         ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "a", "messages": TALK}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"), ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": "a", "colour": 1}, "colour"),
-        ("/tokenize", {"messages": TALK, "tools": [{}]}, "tools"),
+        ("/tokenize", {"messages": TALK, "tools": [{}]}, "tools[0].type"),
         ("/detokenize", {}, "tokens"), ("/detokenize", {"tokens": [VOCAB]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"), ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
     ],

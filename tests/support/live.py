@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +49,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def live_server(root: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[LiveServer]:
-    """`loramux serve` with its store under `root`; ready on entry, ended (by SIGTERM) on exit."""
+def live_server(
+    root: Path, *flags: str, env: dict[str, str] | None = None, program: Sequence[str] = ("-m", "loramux.server.cli")
+) -> Iterator[LiveServer]:
+    """`loramux serve` with its store under `root`; ready on entry, ended (by SIGTERM) on exit.
+
+    `program` is what Python runs in place of the command line.
+    """
     port = free_port()
     log = root / "server.log"
-    command = [sys.executable, "-P", "-m", "loramux.server.cli", "serve", "--host", "127.0.0.1", "--port", str(port),
+    command = [sys.executable, "-P", *program, "serve", "--host", "127.0.0.1", "--port", str(port),
                "--store-dir", str(root / "store"), "--threads", "1", *flags]  # fmt: skip
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})

@@ -29,6 +29,7 @@ MAX_WEIGHT = 1000.0
 MAX_PARTS = 1024
 MAX_CANDIDATES = 10_000
 MAX_BIASES = 1024
+MAX_METADATA = 1024
 MAX_ID_DIGITS = 10
 MAX_REPETITION = 100.0
 MAX_CHOICES = 128
@@ -48,6 +49,27 @@ def valid_unicode(value: str) -> str:
 Text = Annotated[str, AfterValidator(valid_unicode)]
 Flag = Annotated[bool | None, Field(default=None)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+@dataclass(frozen=True)
+class AtMost(BeforeValidator):
+    """A check of an object's number of entries."""
+
+    limit: int = 0
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), "maxProperties": self.limit}
+
+
+def at_most(limit: int) -> AtMost:
+    """Counts an object's entries before they are looked at: pydantic would make an error of each of a million."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"has {len(value)} entries; at most {limit} are allowed")
+        return value
+
+    return AtMost(check, limit=limit)
 
 
 def _by_token_id(value: dict[str, float] | None) -> dict[str, float] | None:
@@ -92,11 +114,12 @@ class RequestModel(BaseModel):
         """Stops at the first unknown field: pydantic would build one error for each of a million. Null is no value."""
         if not isinstance(value, dict):
             return value
-        unknown = list(islice((k for k in value if k not in cls.model_fields), MAX_UNKNOWN_NULLS + 1))
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = list(islice((k for k in value if k not in known), MAX_UNKNOWN_NULLS + 1))
         for key in unknown:
             if value[key] is not None or len(unknown) > MAX_UNKNOWN_NULLS:
                 raise PydanticCustomError("unknown_field", "unknown", {"name": str(key)[:MAX_SHOWN_NAME]})
-        return {k: v for k, v in value.items() if k in cls.model_fields} if unknown else value
+        return {k: v for k, v in value.items() if k in known} if unknown else value
 
 
 class StreamOptions(RequestModel):
@@ -133,7 +156,7 @@ class Bookkeeping(RequestModel):
     """Accepted and ignored: none of these can change an answer."""
 
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any] | None, at_most(MAX_METADATA)] = None
     store: Flag
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -146,12 +169,6 @@ class Unsupported(RequestModel):
 
     best_of: Annotated[Any, neutral(1)] = None
     prompt_logprobs: Annotated[Any, neutral()] = None
-    response_format: Annotated[Any, neutral({"type": "text"})] = None
-    guided_json: Annotated[Any, neutral()] = None
-    guided_regex: Annotated[Any, neutral()] = None
-    guided_choice: Annotated[Any, neutral()] = None
-    guided_grammar: Annotated[Any, neutral()] = None
-    structured_outputs: Annotated[Any, neutral()] = None
     use_beam_search: Annotated[Any, neutral(False)] = None
     length_penalty: Annotated[Any, neutral(1)] = None
     bad_words: Annotated[Any, neutral([])] = None
@@ -181,7 +198,7 @@ class GenerationRequest(Bookkeeping, Unsupported):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=1 / MAX_REPETITION, le=MAX_REPETITION)
-    logit_bias: Annotated[dict[str, Bias] | None, AfterValidator(_by_token_id)] = Field(None, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, Bias] | None, at_most(MAX_BIASES), AfterValidator(_by_token_id)] = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
     max_tokens: int | None = Field(None, ge=1, le=INT64_MAX)
@@ -236,13 +253,20 @@ class PromptTokensDetails(ResponseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(ResponseModel):
+    """`reasoning_tokens` were not content, but what came before it."""
+
+    reasoning_tokens: int
+
+
 class Usage(ResponseModel):
-    """Tokens in and out, over all choices."""
+    """Tokens in and out, over all choices. The details of the completion are there where the model's format has any."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
     @classmethod
     def of(cls, prompt: int, completion: int, cached: int) -> "Usage":

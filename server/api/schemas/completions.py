@@ -15,6 +15,7 @@ from loramux.server.api.schemas.common import (
     valid_unicode,
 )
 from loramux.server.api.schemas.logprobs import TextLogprobs
+from loramux.server.api.schemas.structured import StructuredFields
 
 MAX_PROMPTS = 128
 MAX_LOGPROBS = 5
@@ -57,7 +58,7 @@ def parse_prompts(value: Any, *, limit: int = MAX_PROMPTS) -> list[Prompt]:
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists; none empty")
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(GenerationRequest, StructuredFields):
     """The body. Without `max_tokens` an answer ends after 16 tokens; with `echo` it may be 0: only the prompt comes.
 
     `best_of` answers are generated and the `n` with the highest mean log-probability are shown.

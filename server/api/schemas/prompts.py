@@ -43,14 +43,14 @@ def bounded_json(value: Any) -> Any:
 
 
 Json = Annotated[Any, AfterValidator(bounded_json)]
-JsonObject = Annotated[dict[str, Any], AfterValidator(bounded_json)]
+JsonObject = Annotated[dict[str, Any], BeforeValidator(bounded_json)]
 
 
 def never(reason: str, *allowed: Any) -> BeforeValidator:
     """For a field that is refused for good: only null and `allowed` pass; `reason` says what to do instead."""
 
     def check(value: Any) -> Any:
-        if not any(value is item for item in (None, *allowed)):
+        if not any(type(value) is type(item) and value == item for item in (None, *allowed)):
             raise PydanticCustomError("unsupported", "{reason}", {"reason": reason})
         return value
 

@@ -10,7 +10,7 @@ from loramux.server.api.schemas.common import RequestModel, ResponseModel, Route
 MAX_INPUTS = 128
 
 Inputs = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
-Conversation = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class RouteRequest(RequestModel):

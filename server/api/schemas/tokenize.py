@@ -4,11 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from loramux.server.api.schemas.chat import MAX_MESSAGES, Message
+from loramux.server.api.schemas.chat import MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from loramux.server.api.schemas.common import Flag, RequestModel, ResponseModel, Text
-from loramux.server.api.schemas.prompts import JsonObject, TemplateFields
+from loramux.server.api.schemas.prompts import TemplateFields
 
-MAX_TOOLS = 128
 ModelName = Annotated[Text, Field(min_length=1, max_length=512)]
 
 
@@ -20,8 +19,8 @@ class TokenizeRequest(TemplateFields):
 
     model: ModelName | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[JsonObject], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     return_token_strs: Flag
 
 
@@ -38,7 +37,7 @@ class DetokenizeRequest(RequestModel):
     """Ids of any model here: all share the base's vocabulary."""
 
     model: ModelName | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(fail_fast=True)
 
 
 class Detokenized(ResponseModel):
