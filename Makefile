@@ -27,7 +27,7 @@ serve: $(STAMP)  ## the embedded demo (or ARGS="--model NAME ...") on HOST:PORT
 	$(BIN)/loramux serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(STAMP)  ## everything that needs no card, one file per worker (TEST_WORKERS=0: one after the other)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 $(BROWSER): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,console]'

@@ -26,6 +26,7 @@ from loramux.router.policy import RouterPolicy
 from loramux.router.scores.dataset import ScoredQuery, build_table
 from loramux.router.scores.ensemble import can_grow, growing
 from loramux.server.api.auto.embedders import TEXTS_AT_ONCE, Embedder
+from loramux.server.api.auto.ending import end
 from loramux.server.api.auto.ledger import LedgerError, ScoreLedger
 from loramux.server.api.auto.training import TrainingError, TrainingProcess
 from loramux.server.api.errors import APIError
@@ -268,10 +269,7 @@ class ScoresRung:
     async def stop(self) -> None:
         """Ends a training that runs; the writer must be idle afterwards."""
         self._process.kill()
-        tasks = [*self._behind, *([self._training] if self._training is not None else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([*self._behind, *([self._training] if self._training is not None else [])])
         self._threads.shutdown(wait=True)
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from loramux.router.options import RouteOptions
 from loramux.router.policy import Decision, Plan, Pool, RouterPolicy
 from loramux.router.versions import ArtifactError
 from loramux.server.api.auto.embedders import CachedEmbedder, Embedder
+from loramux.server.api.auto.ending import end
 from loramux.server.api.auto.learning import Learner, Texts
 from loramux.server.api.auto.parts import RouterParts
 from loramux.server.api.auto.probing import Prompts
@@ -97,9 +98,7 @@ class RouterService:
 
     async def stop(self) -> None:
         """Ends the work; what was embedded stays in the cache."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         await self._save()
         self._learner.close()
         await self.scores.stop()

@@ -9,6 +9,7 @@ from collections import deque
 
 from loramux.router.options import RouteOptions, RouterError
 from loramux.router.policy import Decision
+from loramux.server.api.auto.ending import end
 from loramux.server.api.auto.reports import chosen_of
 from loramux.server.api.auto.service import RouterService
 from loramux.server.api.metrics import Metrics
@@ -100,6 +101,4 @@ class Shadow:
     async def stop(self) -> None:
         """Ends what is under way."""
         self._waiting.clear()
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        await end(self._running)

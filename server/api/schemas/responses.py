@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from loramux.server.api.schemas.chat import (
@@ -249,6 +258,8 @@ class ResponsesRequest(RequestModel):
 
     The last block of fields is this server's own, as in chat completions.
     """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "reverse", "input": "Reverse this: planet"}]})
 
     model: Text = Field(min_length=1, max_length=512)
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]
