@@ -47,12 +47,18 @@ async def test_adapter(bench: Bench, path: str) -> None:
     assert (body["id"], body["root"]) == (path.replace("%40", "@"), "skill@1")
 
 
-@pytest.mark.parametrize("path", ["nope", "a/b", "skill@2", "..%2f..%2fetc%2fpasswd", "%00", "skill/"])
+@pytest.mark.parametrize("path", ["nope", "a/b", "skill@2", "..%2f..%2fetc%2fpasswd", "skill/"])
 async def test_unknown(bench: Bench, path: str) -> None:
     bench.put("skill")
     response = await bench.client.get(f"/v1/models/{path}")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
+
+
+async def test_a_control_character_is_in_no_name(bench: Bench) -> None:
+    response = await bench.client.get("/v1/models/%00")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "not_found"
 
 
 async def test_before_the_engine_is_ready(make) -> None:
