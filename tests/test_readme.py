@@ -24,8 +24,10 @@ def blocks() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The README's ports are replaced by free ones, and uploads stay out of the user's own store."""
-    return {**os.environ, "PORT": str(free_port()), "XDG_DATA_HOME": str(tmp_path_factory.mktemp("data"))}
+    """The README's ports are replaced by free ones, uploads stay out of the user's own store, and what a `make` that
+    runs this was told is not told to the README's."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "ARGS")}
+    return {**inherited, "PORT": str(free_port()), "XDG_DATA_HOME": str(tmp_path_factory.mktemp("data"))}
 
 
 def in_background(command: str, environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
@@ -49,6 +51,8 @@ def wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is not None:
+        return  # by itself: what it wrote says why
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(60)
