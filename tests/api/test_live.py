@@ -5,25 +5,17 @@ import http.client
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 from api.harness import BASE, END, Bench, adapter_files, parts
+from support.waiting import wait_for
 
 from loramux.server.engine.protocol import EngineRequest
 
 BODY = {"model": BASE, "messages": [{"role": "user", "content": "hi"}]}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Polls until the condition holds; the bound only ends a test that has failed."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def endless(request: EngineRequest) -> Iterator[Any]:
@@ -64,9 +56,9 @@ def test_a_client_that_leaves_ends_its_request(live: Callable[..., Bench], path:
     connection.close()
     wait_for(lambda: not bench.engine.running)
     assert len(bench.engine.aborted) == expected
-    assert bench.leases() == {}
-    text = httpx.get(f"{bench.url}/metrics").text
-    assert f'loramux_requests_total{{adapter="skill",status="abort"}} {expected}.0' in text
+    wait_for(lambda: bench.leases() == {})
+    counted = f'loramux_requests_total{{adapter="skill",status="abort"}} {expected}.0'
+    wait_for(lambda: counted in httpx.get(f"{bench.url}/metrics").text)
 
 
 def test_a_client_that_leaves_before_the_first_token(live: Callable[..., Bench]) -> None:
@@ -109,7 +101,7 @@ def test_many_clients_that_vanish_leave_nothing_behind(live: Callable[..., Bench
 
     asyncio.run(storm())
     wait_for(lambda: not bench.engine.running)
-    assert bench.leases() == {}
+    wait_for(lambda: bench.leases() == {})
     assert httpx.get(f"{bench.url}/ready").status_code == 200
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from api.harness import BASE, Bench
 from console.steps import column, pick, row, send, view
+from support.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -45,8 +46,7 @@ def test_a_stream_is_shown_as_it_comes_and_can_be_stopped(
     page.get_by_role("button", name="Stop every answer").click()
     expect(page.get_by_role("button", name="Send to every column")).to_be_visible()
     expect.set_options(timeout=5000)
-    page.wait_for_timeout(200)
-    assert bench.engine.running == set()
+    wait_for(lambda: not bench.engine.running)
 
 
 def test_hostile_texts_are_texts(
