@@ -64,7 +64,7 @@ def assemble(config: EngineConfig, model: LoadedModel | None = None) -> Assembly
         first_compiled_step(runner, largest_prefill(config.block_size, max_model_len, 1, config.block_size))
     if graphs is not None:
         graphs.capture()
-    warm_up(model.device, int(model.module.get_output_embeddings().weight.shape[0]))
+    warm_up(model.device, model.num_logits)
     return Assembly(model, max_model_len, num_blocks, backend, runner)
 
 

@@ -108,7 +108,7 @@ class EngineCore:
         self.tier = DeviceTier(self.backend, self.host)
         self.blocks = BlockManager(self.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
         self._vocab_size = int(self.model.module.get_input_embeddings().weight.shape[0])
-        outputs = int(self.model.module.get_output_embeddings().weight.shape[0])
+        outputs = self.model.num_logits
         self.batch = Batch(
             config.max_num_seqs, config.block_size, eos_token_ids=self.model.eos_token_ids, order=self.backend.order,
             vocab_size=max(self._vocab_size, outputs),

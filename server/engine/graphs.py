@@ -54,12 +54,11 @@ class DecodeGraphs:
         self._capturing = capture
         self._heads = [p.site for p in model.projections if p.is_head and p.site is not None]
         self._graphs: dict[tuple[int, Hashable, Hashable], torch.cuda.CUDAGraph] = {}
-        vocab = int(model.module.get_output_embeddings().weight.shape[0])
         with torch.inference_mode(False):
             self._ids = torch.zeros(max_rows, dtype=torch.int64, device=model.device)
             self._positions = torch.zeros(max_rows, dtype=torch.int64, device=model.device)
             self._rows = torch.arange(max_rows, device=model.device)
-            self._logits = torch.zeros(max_rows, vocab, dtype=model.dtype, device=model.device)
+            self._logits = torch.zeros(max_rows, model.num_logits, dtype=model.dtype, device=model.device)
 
     @property
     def captured(self) -> int:

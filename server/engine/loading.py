@@ -152,6 +152,11 @@ class LoadedModel:
     layers: dict[str, nn.Module]
 
     @property
+    def num_logits(self) -> int:
+        """Columns of the logits, which may be more or fewer than the tokens that the model reads."""
+        return int(self.module.get_output_embeddings().weight.shape[0])
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token in all layers."""
         return sum(a.kv_heads * (a.k_dim + a.v_dim) for a in self.attention) * self.dtype.itemsize

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loramux.server.engine.linears import SiteProjection
 from loramux.server.engine.loading import LoadedModel, UnsupportedModelError
 
 MIN_ROWS = 4
@@ -52,7 +51,7 @@ def prepack(model: LoadedModel, wanted: bool | None) -> None:
             )
         return
     large = [p for p in model.projections if p.weight.numel() >= MIN_WEIGHTS]
-    if wanted is None and AUTO_SHARE * sum(_bytes(p) for p in large) > host_bytes_left():
+    if wanted is None and AUTO_SHARE * sum(p.weight.nbytes for p in large) > host_bytes_left():
         return
     for projection in large:
         projection.product = PrepackedProduct(projection.weight)
@@ -81,7 +80,3 @@ def _has_kernels() -> bool:
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
-
-
-def _bytes(projection: SiteProjection) -> int:
-    return projection.weight.numel() * projection.weight.element_size()

@@ -1,7 +1,5 @@
 """The flashinfer backend against the reference, over a stand-in for the library: plans, pages, masks and refusals."""
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.checks import run_checks
 from support.engines import make_core
 from support.flashinfer import BatchDecodeWithPagedKVCacheWrapper, fake_flashinfer
 from support.models import family_config, random_model, save_model
@@ -217,10 +216,7 @@ def test_the_workspace_grows_with_the_rows_that_a_graph_may_hold(library: Any) -
 
 
 def test_the_triton_write_under_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)]
-    run = subprocess.run(command, cwd=CHECKS.parents[2], env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_checks(CHECKS, interpreted=True)
 
 
 @pytest.mark.parametrize(
