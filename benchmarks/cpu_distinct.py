@@ -126,7 +126,7 @@ def engines(
         config = EngineConfig(
             model_path=shape.name, blob_dir=str(folder), dtype=name, device="cpu", threads=args.threads,
             max_model_len=longest, max_num_seqs=max(args.batches), max_batched_tokens=max(args.prefill, *args.batches),
-            kv_cache_bytes=model.kv_bytes_per_token * (longest + 32) * max(args.batches),
+            kv_cache_bytes=model.kv_bytes_per_token * 4 * (longest + 64) * max(args.batches),
             device_adapter_bytes=8 << 30, enable_prefix_caching=False, compile_layers=arm == "compiled",
             prepacked_weights=arm == "blocked",
         )  # fmt: skip

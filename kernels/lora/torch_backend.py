@@ -5,9 +5,10 @@ one per long range of tokens over the adapter's own tensors:
 
     h[m, t, R] = x[m, t, in] A[m, R, in]^T,   h *= s w (float32),   out[m, t, g] += h[m, t, r] B[m, r, g]
 
-B lies multiplied by the output scale; what scales do to x and to the base product is a product per segment. In decode
-the usual group is: every adapter on its row, one token each, in token order. Then x and out are used as they lie, and
-the expand accumulates straight into out. Accumulation order depends on the shape of the group.
+B lies multiplied by the output scale, and A in float32 banks by s; what scales do to x and to the base product is a
+product per segment. In decode the usual group is: every adapter on its row, one token each, in token order. Then x and
+out are used as they lie, and the expand accumulates straight into out. Accumulation order depends on the shape of the
+group.
 
 Which form computes an entry of n tokens per range (`benchmarks/cpu_distinct.py` measures all of them):
 
@@ -78,12 +79,14 @@ class _GroupStep:
         self._kept_A = self._shrink_weights() if kept else None
         self._kept_B = self._expand_weights() if kept and self._bags is None else None
 
-    def _shrink_weights(self) -> tuple[Tensor, Tensor]:
+    def _shrink_weights(self) -> tuple[Tensor, Tensor | None]:
+        """A as [m, in, R] (for bags [m, R, in]), and what h is multiplied by."""
         group = self._group
-        scale = group.rows.take(self._scale).unsqueeze(1)
-        if group.weights is not None:
-            scale = scale * group.weights
-        return group.rows.take(self._A), scale
+        A, scale = group.rows.take(self._A), group.weights
+        if self._scale is not None:
+            own = group.rows.take(self._scale).unsqueeze(1)
+            scale = own if scale is None else own * scale
+        return A if self._bags is not None else A.transpose(1, 2), scale
 
     def _expand_weights(self) -> list[Tensor]:
         """B of each run, [m * chunks, r, g]."""
@@ -97,10 +100,12 @@ class _GroupStep:
         """h [m, length, R], scaled."""
         group = self._group
         A, scale = self._kept_A or self._shrink_weights()
-        inputs = group.source.take(x).to(A.dtype).view(group.count, group.length, x.shape[1])
+        inputs = group.source.take(x).to(A.dtype)
         if self._bags is None:
-            return torch.bmm(inputs, A.transpose(1, 2)).mul_(scale)
-        return torch.bmm(A, inputs.view(group.count, -1, 1)).view(group.count, 1, -1).mul_(scale)
+            h = torch.bmm(inputs.view(group.count, group.length, -1), A)
+        else:
+            h = torch.bmm(A, inputs.view(group.count, -1, 1)).view(group.count, 1, -1)
+        return h if scale is None else h.mul_(scale)
 
     def expand(self, h: Tensor, out: Tensor, gates: Tensor | None) -> None:
         """Adds the group's term to out."""
@@ -109,11 +114,11 @@ class _GroupStep:
         if gates is not None:
             h.mul_(group.gates(gates))
         in_place = self._bags is None and out.dtype == h.dtype
-        start = group.sums[0][0].start
         if self.direct and in_place and out.is_contiguous():
             run, spread, _ = self._runs[0]
-            target = out[start : start + group.count].view(-1, 1, run.width)
-            target.baddbmm_(self._by_chunk(h, run, spread), B[0])
+            target = group.sums[0][0].take(out).view(-1, 1, run.width)
+            own = h.view(-1, 1, run.rank) if spread is None else self._by_chunk(h, run, spread)
+            target.baddbmm_(own, B[0])
             return
         for run, spread, number in self._runs:
             columns = out[:, run.column : run.column + run.out_features]
@@ -121,7 +126,7 @@ class _GroupStep:
                 y = self._run(h, run, spread, B, number).transpose(1, 2)
                 self._add_run(y.reshape(group.count * group.length, run.out_features), columns)
                 continue
-            target = columns[start : start + group.count * group.length]
+            target = group.sums[0][0].take(columns)
             target = target.view(group.count, group.length, run.num_chunks, run.width)
             if in_place and group.length >= _IN_PLACE_TOKENS:
                 self._add_by_chunk(h, run, B[number], target)
@@ -205,7 +210,8 @@ class _LongStep:
 
     def shrink(self, x: Tensor) -> Tensor:
         """h of the ranges, end to end."""
-        return torch.cat([x[start:end] @ self._A for start, end, _, _ in self._ranges])
+        parts = [x[start:end] @ self._A for start, end, _, _ in self._ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def expand(self, h: Tensor, out: Tensor, gates: Tensor | None) -> None:
         """Adds the entry's term to out."""

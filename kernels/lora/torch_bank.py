@@ -5,7 +5,8 @@ signature (the bucketed rank of every slice, 0 where untouched) share a `Bank`, 
 
     A [rows, R, in]          R = sum of the buckets; slices one after the other
     B [rows, chunks, r, g]   per run of neighbouring slices; chunk c produces outputs [c g, (c+1) g) of the run
-    scale [rows, R]          float32, the module's scale repeated over its rank
+    scale [rows, R]          float32, the module's scale repeated over its rank; None where A lies multiplied by it,
+                             which half precision would round
 
 An adapter keeps its row from step to step; nothing is copied for an adapter that already has one.
 """
@@ -132,22 +133,27 @@ class Bank:
                 torch.zeros(rows, run.num_chunks, run.rank, run.width, dtype=self._dtype, device=self._device)
                 for run in self.runs
             ]
-            self.scale = torch.zeros(rows, self.rank, dtype=torch.float32, device=self._device)
+            self.scale: Tensor | None = None
+            if self._dtype.itemsize < 4:
+                self.scale = torch.zeros(rows, self.rank, dtype=torch.float32, device=self._device)
         self.capacity = rows
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stacked tensors."""
-        return self.A.nbytes + sum(b.nbytes for b in self.B) + self.scale.nbytes
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.A, *self.B, *([] if self.scale is None else [self.scale])]
 
     def _resize(self, capacity: int, rows: Sequence[int]) -> None:
         """Moves `rows`, in that order, to the front of new tensors. Old plans keep the old tensors."""
-        old_A, old_B, old_scale = self.A, self.B, self.scale
+        before = self._tensors()
         self._allocate(capacity)
         if rows:
             index = torch.tensor(rows, device=self._device)
             with torch.inference_mode(False), torch.no_grad():
-                for new, old in ((self.A, old_A), (self.scale, old_scale), *zip(self.B, old_B, strict=True)):
+                for new, old in zip(self._tensors(), before, strict=True):
                     torch.index_select(old, 0, index, out=new[: len(rows)])
         kept = [self.slots[row] for row in rows]
         self.slots = [*kept, *[None] * (capacity - len(kept))]
@@ -168,7 +174,7 @@ class Bank:
         before = self.slots[row]
         if before is not None:
             del self.row_of[before]
-        A, scale = self.A[row], self.scale[row]
+        A = self.A[row]
         source = 0
         with torch.inference_mode(False), torch.no_grad():
             for run, stacked in zip(self.runs, self.B, strict=True):
@@ -177,7 +183,10 @@ class Bank:
                     rank = tensors.ranks[number]
                     A[target : target + rank] = tensors.A[source : source + rank]
                     A[target + rank : target + run.rank] = 0
-                    scale[target : target + run.rank] = tensors.scales[number]
+                    if self.scale is None:
+                        A[target : target + rank] *= tensors.scales[number]
+                    else:
+                        self.scale[row, target : target + run.rank] = tensors.scales[number]
                     B = stacked[row, chunk : chunk + count]
                     B[:, :rank] = tensors.B[number].view(rank, count, run.width).transpose(0, 1)
                     B[:, rank:] = 0

@@ -86,8 +86,10 @@ class Rows:
         return Rows(start, stop, torch.from_numpy(np.ascontiguousarray(numbers)).to(device))
 
     def take(self, x: Tensor) -> Tensor:
-        """The rows of x: a view for a range, a copy for an index."""
-        return x[self.start : self.stop] if self.index is None else x.index_select(0, self.index)
+        """The rows of x: itself or a view for a range, a copy for an index."""
+        if self.index is not None:
+            return x.index_select(0, self.index)
+        return x if self.stop - self.start == len(x) else x[self.start : self.stop]
 
 
 @dataclass(frozen=True, slots=True)
