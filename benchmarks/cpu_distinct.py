@@ -32,6 +32,7 @@ from report import environment, publish, table
 
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.core import EngineCore
+from loramux.server.engine.host_memory import keep_freed_memory
 from loramux.server.engine.loading import DTYPES, LoadedModel
 from loramux.server.engine.protocol import AdapterRef, EngineRequest, SamplingParams
 
@@ -222,6 +223,7 @@ def main() -> int:
     if args.prefill < 2 * max(args.batches):
         parser.error("--prefill must hold two tokens for each sequence of the largest of --batches")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     shape = CHOICES[args.shape]
     forms: list[dict[str, Any]] = []

@@ -194,6 +194,11 @@ class Bank:
         self.slots[row] = slot
         self.row_of[slot] = row
 
+    def in_a_row(self, slots: Sequence[int]) -> bool:
+        """Whether the slots have rows that follow one another."""
+        rows = [self.row_of[slot] for slot in slots]
+        return rows == list(range(rows[0], rows[0] + len(rows)))
+
     def drop(self, slot: int) -> None:
         """Frees the row of a slot; gives memory back when the bank is empty or three quarters of it are holes."""
         row = self.row_of.pop(slot, None)

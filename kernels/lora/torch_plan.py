@@ -1,8 +1,9 @@
 """How the batched products of a step are laid out: built once per plan, used at every site.
 
 Every slot of a step is one entry: all tokens of the step that use it, with a weight per token. An entry of long ranges
-(prefill) is a large product by itself: it runs straight from the adapter's own tensors into the output, range by range.
-The other entries whose adapters share a bank are put into groups of similar token counts, one batched product each:
+(prefill) is a large product by itself: it runs straight from the adapter's own tensors into the output, range by range;
+or in a group with the prompts of the same length before and behind it, if their adapters' rows lie as they do. The
+other entries whose adapters share a bank are put into groups of similar token counts, one batched product each:
 
 - a *view* group runs over the bank's rows [lo, hi) in place; rows in between that have no entry are computed and
   thrown away;
@@ -12,7 +13,7 @@ A pattern (the groups of some entries on some rows) depends on row numbers only,
 sit on the same rows share it, index tensors included.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,14 +173,38 @@ def _make_group(entries: Sequence[Entry], rows: Sequence[int], length: int, view
     )
 
 
-def make_pattern(entries: Mapping[int, Entry], placed: Sequence[tuple[int, int]], device: torch.device) -> Pattern:
-    """Groups the entries of the given (row, slot) pairs by length.
+def even_runs(entries: Mapping[int, Entry], slots: Iterable[int], most: int) -> list[tuple[int, ...]]:
+    """Those of the slots whose one range of up to `most` tokens follows another slot's of equal length, run by run."""
+    single = sorted((entries[slot].ranges[0][:2], slot) for slot in slots if len(entries[slot].ranges) == 1)
+    runs: list[list[int]] = []
+    before = (0, 0)
+    for (start, end), slot in single:
+        if runs and start == before[1] and end - start == before[1] - before[0]:
+            runs[-1].append(slot)
+        elif end - start <= most:
+            runs.append([slot])
+        before = (start, end)
+    return [tuple(run) for run in runs if len(run) > 1]
+
+
+def make_pattern(
+    entries: Mapping[int, Entry],
+    placed: Sequence[tuple[int, int]],
+    runs: Sequence[tuple[int, ...]],
+    device: torch.device,
+) -> Pattern:
+    """Groups the entries of the given (row, slot) pairs by length; the slots of a run are a group as they lie.
 
     Lengths are classed by powers of two, so that padding stays below 2x; entries of up to `SHORT` tokens share a
     group where that is cheaper than one group per class.
     """
     classes: dict[int, list[tuple[int, int]]] = {}
-    for row, slot in sorted(placed):
+    row_of = {slot: row for row, slot in placed}
+    groups = []
+    for run in runs:
+        chosen = [entries[slot] for slot in run]
+        groups.append(_make_group(chosen, [row_of.pop(slot) for slot in run], len(chosen[0].tokens), True, device))
+    for row, slot in sorted((row, slot) for slot, row in row_of.items()):
         classes.setdefault((len(entries[slot].tokens) - 1).bit_length(), []).append((row, slot))
 
     def plan_group(members: Sequence[tuple[int, int]]) -> tuple[int, bool, int]:
@@ -193,7 +218,6 @@ def make_pattern(entries: Mapping[int, Entry], placed: Sequence[tuple[int, int]]
         together = sorted(member for members in short for member in members)
         if plan_group(together)[0] <= sum(plan_group(members)[0] for members in short):
             short = [together]
-    groups = []
     for members in (*short, *long):
         _, view, length = plan_group(members)
         chosen = [entries[slot] for _, slot in members]

@@ -19,6 +19,7 @@ import numpy as np
 from loramux.adapters_store.device import AdapterLoadFailure
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.core import EngineCore
+from loramux.server.engine.host_memory import keep_freed_memory
 from loramux.server.engine.loading import UnsupportedModelError
 from loramux.server.engine.protocol import EngineOutput, StepEvent
 from loramux.server.engine.transport import (
@@ -123,6 +124,7 @@ def main(commands: str, reports: str) -> int:
     """The process's body; returns its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group by terminals and supervisors;
         signal.signal(number, signal.SIG_IGN)  # the API handles them: it drains, then tells the engine to stop
+    keep_freed_memory()
     config = EngineConfig(**json.loads(sys.stdin.buffer.readline()))
     logs.configure(config.log_level, config.log_format, process="engine")
     _exit_with_parent()

@@ -107,6 +107,41 @@ def test_the_rule_says_which_weights_are_multiplied(banks: torch.dtype, tokens: 
     assert any(isinstance(step, _GroupStep) for step in steps) is (not own or others > 0)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "order", "grouped"),
+    [
+        ((40, 40, 40), (0, 1, 2), 3), ((40, 40, 40), (2, 1, 0), 0), ((40, 41, 40), (0, 1, 2), 0),
+        ((40, 40, 23), (0, 1, 2), 2), ((40, 40, 1, 1), (0, 1, 2, 3), 4), ((256, 256), (0, 1), 2),
+        ((257, 257), (0, 1), 0),
+    ],
+)  # fmt: skip
+def test_equal_prompts_in_the_order_of_rows_are_one_product(
+    lengths: tuple[int, ...], order: tuple[int, ...], grouped: int
+) -> None:
+    adapters = ((8,),) * len(lengths)
+    case = Case("even", 64, (64,), adapters, tuple((n, ((i, 1.0),)) for n, i in zip(lengths, order, strict=True)))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    backend.plan([Segment(i, i + 1, ((slot, 1.0),)) for i, slot in enumerate(slots)], len(slots))  # gives out the rows
+    plan = backend.plan(case.segments(slots), case.num_tokens)
+    assert plan is not None
+    (steps,) = plan.steps.values()
+    assert sum(isinstance(step, _LongStep) for step in steps) == len(lengths) - grouped
+    assert check(backend, case, slots, weights) <= 1e-5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_equal_prompts_of_sets_match_the_reference(gated: bool) -> None:
+    runs = ((40, ((0, 0.5), (1, 1.5))), (40, ((2, 1.0),)), (40, ((3, -2.0), (4, 1.0), (5, 0.25))), (3, ((6, 1.0),)))
+    ranks = ((8, 8), (16, 4), (4, 0), (0, 8), (8, 8), (40, 3), (8, 8))
+    case = Case("sets", 64, (64, 32), ranks, runs)
+    for dtype in (torch.float32, torch.float64):
+        backend, weights = backend_of(case, dtype), case.weights(dtype)
+        slots = [load(backend, adapter) for adapter in weights]
+        for _ in range(2):
+            assert check(backend, case, slots, weights, gated=gated) <= 1e-5
+
+
 def test_float64_is_exact_to_rounding() -> None:
     case = CASES[9]
     backend, weights = backend_of(case, torch.float64), case.weights(torch.float64)
