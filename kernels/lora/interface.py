@@ -20,7 +20,7 @@ W x' stands for the whole output of the projection, its bias included.
 
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -93,9 +93,11 @@ class ModuleWeights:
         return int(self.A.shape[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens [start, end) of the step share one adapter set: pairs of (slot, weight). Never empty, never base."""
+class Segment(NamedTuple):
+    """Tokens [start, end) of the step share one adapter set: pairs of (slot, weight). Never empty, never base.
+
+    A tuple, since plans are found again by the hash of a step's segments.
+    """
 
     start: int
     end: int

@@ -105,7 +105,9 @@ class _GroupStep:
         """h [m, length, R], scaled."""
         group = self._group
         A, scale = self._kept_A or self._shrink_weights()
-        inputs = group.source.take(x).to(A.dtype)
+        inputs = group.source.take(x)
+        if inputs.dtype != A.dtype:
+            inputs = inputs.to(A.dtype)
         if self._bags is None:
             h = torch.bmm(inputs.view(group.count, group.length, -1), A)
         else:
@@ -551,7 +553,7 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
         return scaled
 
     def _shrink(self, site: Site, x: Tensor, plan: TorchLoraPlan) -> tuple[Tensor, ...]:
-        return tuple(step.shrink(x) for step in plan.steps.get(site.index, ()))
+        return tuple([step.shrink(x) for step in plan.steps.get(site.index, ())])
 
     def _expand(
         self, site: Site, out: Tensor, plan: TorchLoraPlan, h: tuple[Tensor, ...], gates: Tensor | None
