@@ -9,8 +9,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-REASONING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 ID_CHARS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningStyle:
+    """A way of marking reasoning: `sign` occurs in the chat template of a model that writes so, `opening` and `closing`
+    are what it writes, and `fields` of a response template read it."""
+
+    sign: str
+    opening: str
+    closing: str
+    fields: Mapping[str, Any]
+
+    @staticmethod
+    def between(opening: str, closing: str) -> "ReasoningStyle":
+        """Reasoning between two marks that serve nothing else."""
+        return ReasoningStyle(closing, opening, closing, {"reasoning_content": {"open": opening, "close": closing}})
+
+
+_HARMONY_TURN = r"(?:<\|start\|>assistant)?"
+REASONING = (
+    ReasoningStyle.between("<think>", "</think>"),
+    ReasoningStyle.between("[THINK]", "[/THINK]"),
+    ReasoningStyle(
+        # gpt-oss: an answer is messages in channels; all that is not analysis is for the user
+        "<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>", "<|end|>",
+        {
+            "reasoning_content": {
+                "open_pattern": _HARMONY_TURN + r"<\|channel\|>analysis<\|message\|>",
+                "close_pattern": r"<\|end\|>|(?=<\|start\|>|<\|channel\|>)",
+            },
+            "message": {
+                "open_pattern": _HARMONY_TURN + r"<\|channel\|>(?:final|commentary)<\|message\|>",
+                "close_pattern": r"<\|(?:end|return)\|>|(?=<\|start\|>|<\|channel\|>)",
+            },
+        },
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +138,46 @@ STYLES = (
 """The ways that are known, the more particular ones first."""
 
 
+_NAMED_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+READ_ONLY: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
+    (
+        # GLM 4.5 to 4.7
+        ("<tool_call>", "<arg_key>"),
+        {
+            "open_pattern": r"<tool_call>\s*(?P<name>[^\s<{]+)\s*(?=<arg_key>|</tool_call>)", "close": "</tool_call>",
+            "repeats": True, "content": "xml-inline",
+            "content_args": {
+                "tag_pattern": r"<arg_key>(?P<key>[^<\n]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
+            },
+            "transform": _NAMED_CALL,
+        },
+    ),
+    (
+        # gpt-oss: a message whose recipient is the function, named before the channel or behind it
+        ("<|channel|>commentary", "<|start|>assistant"),
+        {
+            "open_pattern": (
+                r"(?:(?:<\|start\|>assistant)?<\|channel\|>(?:commentary|analysis)\s+|<\|start\|>assistant\s+)?"
+                r"to=functions\.(?P<name>[A-Za-z0-9_.-]+)\s*(?:<\|channel\|>(?:commentary|analysis)\s*)?"
+                r"(?:<\|constrain\|>)?(?:json)?\s*<\|message\|>"
+            ),
+            "close": "<|call|>", "repeats": True, "content": "json", "transform": _NAMED_CALL,
+        },
+    ),
+)  # fmt: skip
+"""Marks in a chat template and how the calls are read, of models that no grammar can be made to write calls for."""
+
+
 def detect_style(chat_template: str) -> CallStyle | None:
     """The way of writing calls that a chat template shows, if it is a known one."""
+    if _read_only(chat_template) is not None:
+        return None
     return next((style for style in STYLES if all(mark in chat_template for mark in style.marks)), None)
+
+
+def _read_only(chat_template: str) -> Mapping[str, Any] | None:
+    """The field that reads a model's calls where it takes more than a style to write them."""
+    return next((field for marks, field in READ_ONLY if all(mark in chat_template for mark in marks)), None)
 
 
 def detect_template(chat_template: str, generation_prompt: str) -> dict[str, Any] | None:
@@ -114,16 +187,17 @@ def detect_template(chat_template: str, generation_prompt: str) -> dict[str, Any
     reasoning that it opens.
     """
     style = detect_style(chat_template)
-    reasoning = next((marks for marks in REASONING if marks[1] in chat_template), None)
-    if style is None and reasoning is None:
+    calls = style.field if style is not None else _read_only(chat_template)
+    reasoning = next((way for way in REASONING if way.sign in chat_template), None)
+    if calls is None and reasoning is None:
         return None
     fields: dict[str, Any] = {}
     anchor = generation_prompt
     if reasoning is not None:
-        fields["reasoning_content"] = {"open": reasoning[0], "close": reasoning[1]}
-        anchor = generation_prompt.split(reasoning[0])[0]
-    if style is not None:
-        fields["tool_calls"] = dict(style.field)
+        fields.update(reasoning.fields)
+        anchor = generation_prompt.split(reasoning.opening)[0]
+    if calls is not None:
+        fields["tool_calls"] = dict(calls)
     start = {"start_anchor": anchor} if anchor else {"start_anchor_pattern": r"\Z"}
     return {"defaults": {"role": "assistant"}, **start, "fields": {**fields, "content": {}}}
 

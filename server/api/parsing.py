@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from transformers.utils.chat_parsing import parse_response
 from transformers.utils.chat_parsing.response_templates import ResponseTemplateField, load_response_template
 
-from loramux.server.api.answer_formats import CallStyle, detect_style, detect_template, styles_first
+from loramux.server.api.answer_formats import REASONING, CallStyle, detect_style, detect_template, styles_first
 from loramux.server.api.call_scanner import NAME, CallScanner
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
@@ -113,13 +113,21 @@ class AnswerFormat:
         return [(call.name, json.loads(call.arguments)) for call in reader.calls] == [("probe", arguments)]
 
     def reasoning_marks(self) -> tuple[str, str] | None:
-        """The marks around reasoning, where they are plain strings."""
+        """The marks around reasoning, where they are plain strings, or patterns of a known way."""
         if self.reasoning is None:
             return None
         found = self.template.fields[self.reasoning]
-        if not found.open_literals or not found.close_literals:
-            return None
-        return found.open_literals[0], found.close_literals[0]
+        if found.open_literals and found.close_literals:
+            return found.open_literals[0], found.close_literals[0]
+        known = (
+            (way.opening, way.closing)
+            for way in REASONING
+            if found.open_re is not None
+            and found.close_re is not None
+            and found.open_re.fullmatch(way.opening)
+            and found.close_re.fullmatch(way.closing)
+        )
+        return next(known, None)
 
     def mentions(self, token: str, *, calls: bool = True) -> bool:
         """Whether the token may be a part of one of the marks, those of calls or the others, so that it must not be

@@ -36,7 +36,7 @@ from loramux.server.observability.telemetry import Telemetry
 from loramux.server.settings import Settings
 
 BEGIN, END, USER, ASSISTANT, SYSTEM = range(256, 261)
-MARKS = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+MARKS = ("<|begin|>", "<|stop|>", "<|user|>", "<|assistant|>", "<|system|>")
 VOCAB = 264
 BASE = "tiny/base"
 WIDTH = 8
@@ -45,7 +45,7 @@ MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
 TEMPLATE = (
     "<|begin|>{% for m in messages %}"
     "{% if m['role'] not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role') }}{% endif %}"
-    "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}<|stop|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

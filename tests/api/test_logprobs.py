@@ -42,11 +42,11 @@ async def test_parts_of_characters_are_exact(bench: Bench) -> None:
     choice = (await bench.chat(logprobs=True, top_logprobs=1)).json()["choices"][0]
     assert choice["message"]["content"] == "a\u00e9"
     content = choice["logprobs"]["content"]
-    assert [entry["bytes"] for entry in content] == [[97], [0xC3], [0xA9], list(b"<|end|>")]
+    assert [entry["bytes"] for entry in content] == [[97], [0xC3], [0xA9], list(b"<|stop|>")]
     assert [entry["logprob"] for entry in content] == [0, -1, -2, -3]
     assert content[0]["top_logprobs"] == [{"token": "a", "logprob": -0.5, "bytes": [97]}]
     shown = (await bench.complete(logprobs=0)).json()["choices"][0]["logprobs"]
-    assert shown["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "<|end|>"]
+    assert shown["tokens"] == ["a", "bytes:\\xc3", "bytes:\\xa9", "<|stop|>"]
     assert shown["text_offset"] == [0, 1, 1, 2]
     assert shown["top_logprobs"][1] == {"bytes:\\xc3": -1}
 

@@ -15,7 +15,7 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 def write_model(folder: Path, *, template: str | None = TEMPLATE, generation: dict | None = None) -> Path:
     """A directory with a tokenizer in Hugging Face layout."""
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|stop|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
@@ -37,7 +37,7 @@ def test_load(tmp_path: Path) -> None:
 def test_template_file_replaces_the_models_own(tmp_path: Path) -> None:
     own = tmp_path / "own.jinja"
     own.write_text("{{ bos_token }}{{ messages[0]['content'] }}|{{ eos_token }}")
-    assert Renderer.load(write_model(tmp_path), chat_template=own).render(MESSAGES) == "<|begin|>hi|<|end|>"
+    assert Renderer.load(write_model(tmp_path), chat_template=own).render(MESSAGES) == "<|begin|>hi|<|stop|>"
 
 
 def test_no_template(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_prompts_are_those_of_transformers(template: str, continues: bool) -> No
 def test_parts_are_joined_by_newlines_unless_the_template_renders_them() -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     options = TemplateOptions(add_generation_prompt=False)
-    assert ChatTemplate(TEMPLATE).render([message], options) == "<|begin|><|user|>a\nb<|end|>"
+    assert ChatTemplate(TEMPLATE).render([message], options) == "<|begin|><|user|>a\nb<|stop|>"
     assert ChatTemplate(PARTS).render([message], options) == "[user]ab"
     assert ChatTemplate(PARTS).render([{"role": "user", "content": "a"}], options) == "[user]a"
     assert ChatTemplate(ONLY_PARTS).render([{"role": "user", "content": "ab"}], options) == "ab;"

@@ -15,11 +15,11 @@ async def post(bench: Bench, path: str, **body: Any) -> Any:
 
 
 async def test_a_prompt(bench: Bench) -> None:
-    body = (await post(bench, "/tokenize", model=BASE, prompt="hé <|end|>")).json()
+    body = (await post(bench, "/tokenize", model=BASE, prompt="hé <|stop|>")).json()
     ids = [*"hé ".encode(), END]
     assert body == {"count": len(ids), "max_model_len": 256, "tokens": ids, "token_strs": None}
-    body = (await post(bench, "/tokenize", prompt="h <|end|>", return_token_strs=True)).json()
-    assert body["token_strs"] == ["h", "Ġ", "<|end|>"]
+    body = (await post(bench, "/tokenize", prompt="h <|stop|>", return_token_strs=True)).json()
+    assert body["token_strs"] == ["h", "Ġ", "<|stop|>"]
     assert (await post(bench, "/tokenize", prompt="")).json()["tokens"] == []
 
 

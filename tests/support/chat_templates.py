@@ -38,6 +38,20 @@ THINKING = _template(
     "{% if think is defined and think %}<think>\n{% elif think is defined %}<think>\n\n</think>\n\n{% endif %}",
 )
 THINKING_HERMES = THINKING + "{# <tool_call> tool_calls #}"
+GLM = _template(
+    "{% for c in m.tool_calls or [] %}\n<tool_call>{{ c.function.name }}\n"
+    "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key>\n"
+    "<arg_value>{{ v if v is string else v | tojson }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
+)
+HARMONY = (
+    "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% for c in m.tool_calls or [] %}<|start|>assistant to=functions.{{ c.function.name }}<|channel|>commentary json"
+    "<|message|>{{ c.function.arguments | tojson }}<|call|>{% endfor %}"
+    "{% if m.content %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 TOOLS_UNKNOWN = _template("{% for c in m.tool_calls or [] %}call {{ c.function.name }}{% endfor %}")
 BY_STYLE = {
     "hermes": HERMES, "markup": MARKUP, "mistral": MISTRAL, "mistral-args": MISTRAL_ARGS, "llama": LLAMA,

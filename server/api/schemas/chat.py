@@ -226,7 +226,10 @@ class Message(RequestModel):
         return self.content or ""
 
     def for_template(self) -> dict[str, Any]:
-        """What the chat template sees; `developer` is the newer word for `system`. Parts stay parts."""
+        """What the chat template sees; `developer` is the newer word for `system`. Parts stay parts.
+
+        Reasoning has the two names that templates know it by.
+        """
         content: Any = self.text()
         if isinstance(self.content, list):
             content = [{"type": "text", "text": part.text} for part in self.content]
@@ -239,6 +242,8 @@ class Message(RequestModel):
             turn["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if reasoning := self.reasoning_content or self.reasoning:
             turn["reasoning_content"] = reasoning
+            if not (self.tool_calls and self.text()):  # templates that read this name refuse it beside both
+                turn["thinking"] = reasoning
         return turn
 
 

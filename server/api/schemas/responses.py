@@ -104,7 +104,7 @@ Parts = Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 class InputItem(RequestModel):
     """One turn, as a client writes it or as an earlier answer had it (then with `id` and `status`)."""
 
-    type: Annotated[Literal["message"], BeforeValidator(_item_type)] = "message"
+    type: Annotated[Literal["message"] | None, BeforeValidator(_item_type)] = "message"
     role: Literal["developer", "system", "user", "assistant"]
     content: Text | Parts
     id: Text | None = None
