@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from api.harness import Bench
+from api.harness import BASE, Bench
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +32,23 @@ async def test_streams_and_texts(bench: Bench) -> None:
         assert paths[path]["post"]["responses"]["200"]["content"].keys() == {"application/json", "text/event-stream"}
     for path, method in (("/metrics", "get"), ("/v1/load_lora_adapter", "post")):
         assert paths[path][method]["responses"]["200"]["content"].keys() == {"text/plain"}
+
+
+async def test_examples_are_answered(bench: Bench) -> None:
+    """Under a name that this server has."""
+    found = await document(bench)
+    shown = 0
+    for path, operations in found["paths"].items():
+        content = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        reference = content.get("application/json", {}).get("schema", {}).get("$ref", "")
+        schema = found["components"]["schemas"].get(reference.removeprefix("#/components/schemas/"), {})
+        for example in schema.get("examples", ()):
+            named = {**example, "model": BASE} if "model" in example else example
+            answer = await bench.client.post(path, json=named)
+            router_is_off = path == "/v1/route" and answer.status_code == 404
+            assert answer.status_code == 200 or router_is_off, (path, answer.text)
+            shown += 1
+    assert shown >= 7
 
 
 async def test_references_lead_somewhere(bench: Bench) -> None:

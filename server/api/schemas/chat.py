@@ -17,6 +17,7 @@ from loramux.server.api.schemas.common import (
     ServedBy,
     Text,
     Usage,
+    example_of,
     neutral,
 )
 from loramux.server.api.schemas.logprobs import ChatLogprobs
@@ -266,6 +267,8 @@ def query_of(messages: Sequence[Message]) -> str:
 
 class ChatRequest(GenerationRequest, TemplateFields, StructuredFields):
     """The body. Without a limit the answer may fill the rest of the context."""
+
+    model_config = example_of({"model": "reverse", "messages": [{"role": "user", "content": "Reverse this: planet"}]})
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT64_MAX)

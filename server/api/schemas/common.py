@@ -103,6 +103,11 @@ def neutral(*values: Any) -> "Neutral":
     return Neutral(check, values=values)
 
 
+def example_of(request: dict[str, Any]) -> ConfigDict:
+    """The model's configuration that shows this request in the document."""
+    return ConfigDict(json_schema_extra={"examples": [request]})
+
+
 class RequestModel(BaseModel):
     """Strict: no coercion between types, no unknown fields, no NaN or infinity."""
 

@@ -11,6 +11,7 @@ from loramux.server.api.schemas.common import (
     ResponseModel,
     ServedBy,
     Usage,
+    example_of,
     neutral,
     valid_unicode,
 )
@@ -63,6 +64,8 @@ class CompletionRequest(GenerationRequest, StructuredFields):
 
     `best_of` answers are generated and the `n` with the highest mean log-probability are shown.
     """
+
+    model_config = example_of({"model": "loramux-demo", "prompt": "Reverse this: planet", "max_tokens": 8})
 
     prompt: Annotated[list[Prompt], PlainValidator(parse_prompts), WithJsonSchema(prompts_schema(MAX_PROMPTS))]
 

@@ -4,7 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from loramux.server.api.schemas.common import AdapterWeight, Flag, RequestModel, ResponseModel, ServedBy, Text, neutral
+from loramux.server.api.schemas.common import (
+    AdapterWeight,
+    Flag,
+    RequestModel,
+    ResponseModel,
+    ServedBy,
+    Text,
+    example_of,
+    neutral,
+)  # fmt: skip
 from loramux.server.api.schemas.completions import Prompt, parse_prompts, prompts_schema
 
 MAX_INPUTS = 2048
@@ -16,6 +25,8 @@ def _parse_inputs(value: Any) -> list[Prompt]:
 
 class EmbeddingRequest(RequestModel):
     """The body. `dimensions` can only be the model's own number: its states were not trained to be cut."""
+
+    model_config = example_of({"model": "loramux-demo", "input": ["one text", "another"]})
 
     model: Text = Field(min_length=1, max_length=512)
     input: Annotated[list[Prompt], PlainValidator(_parse_inputs), WithJsonSchema(prompts_schema(MAX_INPUTS))]

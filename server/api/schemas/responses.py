@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -42,6 +41,7 @@ from loramux.server.api.schemas.common import (
     RouterParams,
     ServedBy,
     Text,
+    example_of,
     neutral,
 )
 from loramux.server.api.schemas.prompts import MAX_VARIABLES, JsonObject, never
@@ -259,7 +259,7 @@ class ResponsesRequest(RequestModel):
     The last block of fields is this server's own, as in chat completions.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "reverse", "input": "Reverse this: planet"}]})
+    model_config = example_of({"model": "reverse", "input": "Reverse this: planet"})
 
     model: Text = Field(min_length=1, max_length=512)
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1, fail_fast=True)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from loramux.server.api.schemas.chat import MAX_MESSAGES, Message, query_of
-from loramux.server.api.schemas.common import RequestModel, ResponseModel, RouterParams, RouterReport, Text
+from loramux.server.api.schemas.common import RequestModel, ResponseModel, RouterParams, RouterReport, Text, example_of
 
 MAX_INPUTS = 128
 
@@ -15,6 +15,8 @@ Conversation = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSA
 
 class RouteRequest(RequestModel):
     """Queries to route: a text, several, or a conversation, of which the last user turn counts."""
+
+    model_config = example_of({"input": "Reverse this: planet"})
 
     input: Text | Inputs | Conversation
     router: RouterParams | None = None

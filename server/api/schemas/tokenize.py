@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from loramux.server.api.schemas.chat import MAX_MESSAGES, MAX_TOOLS, Message, Tool
-from loramux.server.api.schemas.common import Flag, RequestModel, ResponseModel, Text
+from loramux.server.api.schemas.common import Flag, RequestModel, ResponseModel, Text, example_of
 from loramux.server.api.schemas.prompts import TemplateFields
 
 ModelName = Annotated[Text, Field(min_length=1, max_length=512)]
@@ -16,6 +16,8 @@ class TokenizeRequest(TemplateFields):
 
     `add_special_tokens` is true for a prompt and false for messages unless it is given: templates write their own.
     """
+
+    model_config = example_of({"prompt": "Reverse this: planet"})
 
     model: ModelName | None = None
     prompt: Text | None = None
@@ -35,6 +37,8 @@ class Tokens(ResponseModel):
 
 class DetokenizeRequest(RequestModel):
     """Ids of any model here: all share the base's vocabulary."""
+
+    model_config = example_of({"tokens": [5, 6, 7]})
 
     model: ModelName | None = None
     tokens: list[Annotated[int, Field(ge=0)]] = Field(fail_fast=True)
