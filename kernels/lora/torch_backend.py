@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,6 +64,15 @@ class _Adapter(Adapter):
     nbytes: int
 
 
+class _Steady(NamedTuple):
+    """The whole of a site in a steady decode step: h = x A [tokens, in, R], out += h B [tokens * chunks, r, width]."""
+
+    A: Tensor
+    B: Tensor
+    rank: int
+    width: int
+
+
 class _GroupStep:
     """One group at one site: views of the bank that are made once per plan, and the products over them."""
 
@@ -83,6 +92,14 @@ class _GroupStep:
         kept = group.rows.index is None
         self._kept_A = self._shrink_weights() if kept else None
         self._kept_B = self._expand_weights() if kept and self._bags is None else None
+
+    def steady(self, num_tokens: int) -> _Steady | None:
+        """The two products that are all there is to do, if one token each of this group's rows is the whole step."""
+        run, spread, _ = self._runs[0]
+        if self._kept_A is None or self._kept_A[1] is not None or self._kept_B is None or spread is not None:
+            return None
+        whole = self.direct and self._group.source.index is None and self._group.count == num_tokens
+        return _Steady(self._kept_A[0], self._kept_B[0], run.rank, run.width) if whole else None
 
     def _shrink_weights(self) -> tuple[Tensor, Tensor | None]:
         """A as [m, in, R] (for bags [m, R, in]), and what h is multiplied by."""
@@ -259,6 +276,7 @@ class TorchLoraPlan(BackendPlan):
         super().__init__(num_tokens, sets)
         self.steps: dict[int, list[_GroupStep | _LongStep]] = {}
         self.scalings: dict[tuple[int, ScaleName], list[_Scaling]] = {}
+        self.steady: dict[int, _Steady] = {}
         self.rows: list[tuple[Bank, int, frozenset[int]]] = []
         self.slots: frozenset[int] = frozenset()
 
@@ -504,6 +522,12 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
                     step = _LongStep(self.sites[number], tensors, entries[slot].ranges)
                     plan.steps.setdefault(number, []).append(step)
         self._add_scalings(plan, segments)
+        if self.bank_dtype == self.dtype:
+            for number, steps in plan.steps.items():
+                only = steps[0] if len(steps) == 1 and (number, "out") not in plan.scalings else None
+                steady = only.steady(num_tokens) if isinstance(only, _GroupStep) else None
+                if steady is not None:
+                    plan.steady[number] = steady
         return plan
 
     def _runs(self, entries: Mapping[int, Entry], slots: Collection[int], bank: Bank) -> list[tuple[int, ...]]:
@@ -545,6 +569,25 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
         if pattern is None:
             pattern = patterns[key] = make_pattern(entries, placed, runs, self.device)
         return pattern
+
+    def begin(self, site: Site, x: Tensor, plan: LoraPlan) -> None:
+        """See `SlotBackend.begin`. In a steady step every operation beside the products is felt: there are none."""
+        steady = cast(TorchLoraPlan, plan).steady.get(site.index)
+        if steady is None:
+            super().begin(site, x, plan)
+        else:
+            self._begun = (site.index, cast(TorchLoraPlan, plan), (torch.bmm(x.unsqueeze(1), steady.A),))
+
+    def finish(self, site: Site, out: Tensor, plan: LoraPlan, gates: Tensor | None = None) -> None:
+        """See `SlotBackend.finish`."""
+        steady = cast(TorchLoraPlan, plan).steady.get(site.index)
+        begun = self._begun
+        ours = begun is not None and begun[0] == site.index and begun[1] is plan
+        if steady is None or begun is None or not ours or gates is not None or not out.is_contiguous():
+            super().finish(site, out, plan, gates)
+            return
+        self._begun = None
+        out.view(-1, 1, steady.width).baddbmm_(begun[2][0].view(-1, 1, steady.rank), steady.B)
 
     def _scale_input(self, site: Site, x: Tensor, plan: TorchLoraPlan, gates: Tensor | None) -> Tensor:
         scaled = x.clone()

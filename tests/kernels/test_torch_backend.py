@@ -300,6 +300,30 @@ def test_tokens_in_the_backends_order_are_used_where_they_lie() -> None:
     ((step,),) = plan.steps.values()
     assert isinstance(step, _GroupStep)
     assert step.direct
+    assert list(plan.steady) == [0]
+
+
+@pytest.mark.parametrize("slices", [(64,), (64, 64), (64, 32)])
+@pytest.mark.parametrize("how", ["as it is", "gated", "a column view", "weighted", "not all tokens"])
+def test_steady_steps_are_those_of_the_general_path(slices: tuple[int, ...], how: str) -> None:
+    weight = 0.5 if how == "weighted" else 1.0
+    case = Case("steady", 64, slices, ((8,) * len(slices),) * 6, tuple((1, ((i, weight),)) for i in range(6)))
+    backend, weights = backend_of(case), case.weights(torch.float32)
+    slots = [load(backend, adapter) for adapter in weights]
+    tokens = 7 if how == "not all tokens" else 6
+    plan = backend.plan(case.segments(slots), tokens)
+    assert plan is not None
+    assert bool(plan.steady) is (how not in ("weighted", "not all tokens") and slices != (64, 32))
+    gates = torch.rand(tokens, 1) if how == "gated" else None
+    x, wide = torch.randn(tokens, 64), torch.randn(tokens, sum(slices) + (8 if how == "a column view" else 0))
+    out, general = wide[:, : sum(slices)], wide.clone()[:, : sum(slices)]
+    backend.add(case.site, x, out, plan, gates)
+    expected = general.double()
+    add_reference(case.site, x, expected, case.segments(slots), dict(zip(slots, weights, strict=True)), gates=gates)
+    plan.steady.clear()
+    backend.add(case.site, x, general, plan, gates)
+    assert relative_error(out, expected) <= 1e-5
+    assert torch.equal(out, general)
 
 
 def test_an_older_plan_still_works_after_the_banks_grow() -> None:
