@@ -24,7 +24,6 @@ Which form computes an entry of n tokens per range (`benchmarks/cpu_distinct.py`
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -122,9 +121,7 @@ class _GroupStep:
         """h [m, length, R], scaled."""
         group = self._group
         A, scale = self._kept_A or self._shrink_weights()
-        inputs = group.source.take(x)
-        if inputs.dtype != A.dtype:
-            inputs = inputs.to(A.dtype)
+        inputs = group.source.take(x).to(A.dtype)
         if self._bags is None:
             h = torch.bmm(inputs.view(group.count, group.length, -1), A)
         else:
@@ -141,8 +138,7 @@ class _GroupStep:
         if self.direct and in_place and out.is_contiguous():
             run, spread, _ = self._runs[0]
             target = group.sums[0][0].take(out).view(-1, 1, run.width)
-            own = h.view(-1, 1, run.rank) if spread is None else self._by_chunk(h, run, spread)
-            target.baddbmm_(own, B[0])
+            target.baddbmm_(self._by_chunk(h, run, spread), B[0])
             return
         for run, spread, number in self._runs:
             columns = out[:, run.column : run.column + run.out_features]
@@ -478,9 +474,10 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
     def _build(self, segments: Sequence[Segment], num_tokens: int) -> TorchLoraPlan:
         entries = make_entries(segments)
         own = {slot for slot, entry in entries.items() if self._uses_own(entry, len(entries))}
-        # What would be computed from its own tensors, but lies in a run where its bank's rows do so too.
-        even = own if self.products == "auto" and self.bank_dtype.itemsize >= 4 else set()
-        even = set(chain.from_iterable(even_runs(entries, even, _EVEN_TOKENS)))
+        # What would be computed from its own tensors, but lies in a run, and in banks whose rows do so too is not.
+        even: set[int] = set()
+        if self.products == "auto" and self.bank_dtype.itemsize >= 4:
+            even.update(*even_runs(entries, own, _EVEN_TOKENS))
         by_key: dict[tuple[int, Signature], list[int]] = {}
         for slot in entries:
             if slot not in own or slot in even:
@@ -497,7 +494,8 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
         for key, slots in sorted(by_key.items()):
             bank = self._place(key, slots, busy)
             runs = self._runs(entries, even.intersection(slots), bank)
-            grouped = [slot for slot in slots if slot not in own or any(slot in run for run in runs)]
+            single = own.difference(*runs)
+            grouped = [slot for slot in slots if slot not in single]
             alone.difference_update((bank.site.index, slot) for slot in grouped)
             if grouped:
                 made.append((bank, grouped, self._pattern(patterns, bank, grouped, runs, entries)))
@@ -596,7 +594,7 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
         return scaled
 
     def _shrink(self, site: Site, x: Tensor, plan: TorchLoraPlan) -> tuple[Tensor, ...]:
-        return tuple([step.shrink(x) for step in plan.steps.get(site.index, ())])
+        return tuple(step.shrink(x) for step in plan.steps.get(site.index, ()))
 
     def _expand(
         self, site: Site, out: Tensor, plan: TorchLoraPlan, h: tuple[Tensor, ...], gates: Tensor | None

@@ -83,6 +83,7 @@ class CallStyle:
 
 
 _JSON_CALL = {"type": "function", "function": {"name": "{content.name}", "arguments": "{content.arguments}"}}
+_NAMED_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 
 STYLES = (
     CallStyle(
@@ -93,7 +94,7 @@ STYLES = (
             "close_pattern": r"</function>\s*</tool_call>",
             "repeats": True, "content": "xml-inline",
             "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
-            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            "transform": _NAMED_CALL,
         },
         begin="<tool_call>\n<function=", middle=">\n", end="</function>\n</tool_call>", separator="\n", is_markup=True,
     ),
@@ -109,7 +110,7 @@ STYLES = (
         {
             "open_pattern": r"\[TOOL_CALLS\]\s*(?P<name>[A-Za-z0-9_.:-]+)\s*(?:\[CALL_ID\][A-Za-z0-9]*)?\[ARGS\]",
             "close_pattern": r"(?=\[TOOL_CALLS\])", "repeats": True, "content": "json",
-            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            "transform": _NAMED_CALL,
         },
         begin="[TOOL_CALLS]", middle="[ARGS]", end="", separator="", id_prefix="", id_chars=9,
     ),
@@ -138,7 +139,6 @@ STYLES = (
 """The ways that are known, the more particular ones first."""
 
 
-_NAMED_CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 READ_ONLY: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
     (
         # GLM 4.5 to 4.7

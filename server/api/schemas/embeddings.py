@@ -13,7 +13,7 @@ from loramux.server.api.schemas.common import (
     Text,
     example_of,
     neutral,
-)  # fmt: skip
+)
 from loramux.server.api.schemas.completions import Prompt, parse_prompts, prompts_schema
 
 MAX_INPUTS = 2048
