@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from loramux import __version__
-from loramux.server import cli_adapters, cli_bench, cli_chat, cli_keys, cli_route
+from loramux.server import cli_adapters, cli_bench, cli_chat, cli_keys, cli_route, cli_tenants
 from loramux.server.cli_client import (
     INTERRUPTED,
     OK,
@@ -31,6 +31,7 @@ examples:
   loramux route "Spell lamp backwards"              which adapters would answer, and why
   loramux bench --adapters-from-models --rate 4     measure a server under load
   loramux keys create my-team                       from now on the server asks for keys
+  loramux tenants limit my-team --adapters 20
 
 Commands talk to --url, else LORAMUX_URL (with LORAMUX_API_KEY), else OPENAI_BASE_URL (with OPENAI_API_KEY).
 {STATUSES}
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     add_server_arguments(common)
     common.add_argument("--json", action="store_true", help="print JSON")
-    for module in (cli_adapters, cli_keys, cli_route):
+    for module in (cli_adapters, cli_keys, cli_tenants, cli_route):
         module.add_commands(commands, common)
     for command in (cli_chat, cli_bench):
         command.add_command(commands, common)

@@ -1,29 +1,23 @@
 """`loramux keys`: who may use a server. On the store's folder, while a server runs or not; or over the admin API."""
 
 import argparse
-import os
 import re
-import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from rich.console import Console
 
-from loramux.adapters_store.errors import AdapterError, StoreUnavailableError
-from loramux.adapters_store.schema import REGISTRY_FILE
 from loramux.adapters_store.tenants import Key, Role, Tenants
-from loramux.server.cli_client import REFUSED, USAGE, Api, CommandError
+from loramux.server.cli_client import USAGE, Api, CommandError
 from loramux.server.cli_output import cell, output, print_json, table
-from loramux.server.settings import Settings, add_arguments, load_settings
+from loramux.server.cli_registry import registry_of, store_parser
 
 KEYS = "keys"
 PAGE = 500
-STORE_SETTINGS = frozenset({"model", "revision", "served_model_name", "store_dir"})
 _UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -105,45 +99,11 @@ def _checked_id(id: str) -> str:
     return id
 
 
-def store_root(settings: Settings) -> Path:
-    """The folder of the store that a server with these settings uses. Raises `CommandError`."""
-    from loramux.adapters_store.base_spec import base_spec_from_config
-    from loramux.server.api.serve import ServeError, find_model, structure_of
-    from loramux.server.engine.loading import (
-        UnsupportedModelError,
-        load_config,
-    )  # torch and transformers take seconds: not for other commands
-
-    try:
-        spec = base_spec_from_config(load_config(find_model(settings)), name=settings.base_name)
-    except (ServeError, UnsupportedModelError) as error:
-        raise CommandError(str(error)) from error
-    return settings.store_root(structure_of(spec))
-
-
 @contextmanager
 def _book(api: Api, args: argparse.Namespace) -> Iterator[KeyBook]:
-    """The keys of the server at --url or LORAMUX_URL where one is given, else those in the store's folder."""
-    given = {name: value for name, value in vars(args).items() if name in STORE_SETTINGS}
-    if args.url and given:
-        raise CommandError("give either --url or the server's own settings (--model, --store-dir), not both", USAGE)
-    if args.url or (os.environ.get("LORAMUX_URL") and not given):
-        yield RemoteKeys(api)
-        return
-    root = store_root(load_settings(given))
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        tenants = Tenants(root / REGISTRY_FILE)
-    except (StoreUnavailableError, sqlite3.Error, OSError) as error:
-        raise CommandError(f"{root}: {error}") from error
-    try:
-        yield LocalKeys(tenants)
-    except AdapterError as error:
-        raise CommandError(str(error), USAGE if error.status == 400 else REFUSED) from None
-    except sqlite3.Error as error:
-        raise CommandError(f"{root}: {error}") from error
-    finally:
-        tenants.close()
+    """The keys of the server or the folder that the flags name."""
+    with registry_of(api, args) as found:
+        yield RemoteKeys(found) if isinstance(found, Api) else LocalKeys(found)
 
 
 def expiry(text: str, now: float) -> int:
@@ -219,9 +179,7 @@ def add_commands(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", common: argparse.ArgumentParser
 ) -> None:
     """Adds `keys create`, `keys ls` and `keys revoke`; `common` are the flags of commands that talk to a server."""
-    store = argparse.ArgumentParser(add_help=False)
-    add_arguments(store, STORE_SETTINGS)
-    both = [common, store]
+    both = [common, store_parser()]
     group = commands.add_parser(
         KEYS, help="manage who may use a server", allow_abbrev=False,
         description="Manages keys in the store of the server that these settings are of (one that runs hears of it at\n"

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from loramux.adapters_store.base_spec import BaseSpec, base_spec_from_config
 from loramux.adapters_store.errors import AdapterError, StoreUnavailableError
 from loramux.adapters_store.limits import StoreLimits
+from loramux.adapters_store.registry import Sharing
 from loramux.adapters_store.store import AdapterStore
 from loramux.server.api.app import create_app
 from loramux.server.api.auto.ledger import LedgerError
@@ -76,7 +77,8 @@ def structure_of(spec: BaseSpec) -> str:
 
 
 def register(store: AdapterStore, adapters: Sequence[DemoAdapter]) -> None:
-    """Puts the demo's adapters into the store, once: names that were replaced or deleted since are left alone."""
+    """Puts the demo's adapters into the store, once and for every tenant: names that were replaced or deleted since are
+    left alone."""
     for adapter in adapters:
         if store.ever_registered(adapter.name):
             continue
@@ -87,7 +89,10 @@ def register(store: AdapterStore, adapters: Sequence[DemoAdapter]) -> None:
                     while piece := source.read(COPY_BYTES):
                         sink.write(piece)
                 sink.close()
-            store.commit(upload, name=adapter.name, description=adapter.description, examples=list(adapter.examples))
+            store.commit(
+                upload, name=adapter.name, description=adapter.description, examples=list(adapter.examples),
+                sharing=Sharing("public"),
+            )  # fmt: skip
 
 
 @dataclass(slots=True)

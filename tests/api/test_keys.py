@@ -13,7 +13,7 @@ from api.harness import Bench, listening, make_bench
 
 from loramux.adapters_store.schema import REGISTRY_FILE
 from loramux.adapters_store.tenants import Tenants
-from loramux.server import cli_keys
+from loramux.server import cli_keys, cli_registry
 from loramux.server.cli_client import USAGE, Api, CommandError, add_server_arguments, server_of
 from loramux.server.cli_output import output
 from loramux.server.settings import Settings
@@ -39,7 +39,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     with listening(make_bench(tmp_path)) as bench:
-        monkeypatch.setattr(cli_keys, "store_root", lambda settings: bench.store.registry_path.parent)
+        monkeypatch.setattr(cli_registry, "store_root", lambda settings: bench.store.registry_path.parent)
         yield bench
 
 
@@ -80,7 +80,7 @@ def test_over_the_admin_api(server: Bench, capsys: pytest.CaptureFixture[str], m
     def unused(settings: Settings) -> Path:
         raise AssertionError("the folder is not asked")
 
-    monkeypatch.setattr(cli_keys, "store_root", unused)
+    monkeypatch.setattr(cli_registry, "store_root", unused)
     monkeypatch.setenv("LORAMUX_URL", server.url)
     monkeypatch.setenv("LORAMUX_API_KEY", admin["key"])
     loramux("keys", "create", "acme", "--role", "metrics", "--json")
@@ -134,7 +134,7 @@ def test_the_demos_folder_is_found_before_it_was_served(
     options: dict[str, Any] = {"store_dir": tmp_path}
     loramux("keys", "create", "acme", "--store-dir", str(tmp_path))
     secret = capsys.readouterr().out.strip()
-    root = cli_keys.store_root(Settings(**options))
+    root = cli_registry.store_root(Settings(**options))
     assert root.parent == tmp_path
     tenants = Tenants(root / REGISTRY_FILE)
     assert tenants.authenticate(secret.encode()) is not None

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import trustme
-from api.harness import END, TEMPLATE, Bench, FakeEngine, adapter_files, byte_tokenizer, make_bench
+from api.harness import END, TEMPLATE, Bench, FakeEngine, adapter_files, byte_tokenizer, in_process, make_bench
 from transformers import LlamaConfig
 
 from loramux.server.api.connections import BoundedProtocol
@@ -122,6 +122,19 @@ def test_registering_the_demo_twice_changes_nothing(tmp_path: Path) -> None:
         register(bench.store, [demo(tmp_path / "a")])
     (version,) = bench.store.versions("skill")
     assert (version.description, version.examples) == ("does things", ["it's done", "b"])
+
+
+@pytest.mark.anyio
+async def test_the_demo_is_there_for_every_tenant(tmp_path: Path) -> None:
+    async with in_process(make_bench(tmp_path)) as bench:
+        register(bench.store, [demo(tmp_path / "a")])
+        secret, _ = bench.state.tenants.create_key("acme")
+        headers = {"authorization": f"Bearer {secret}"}
+        listed = (await bench.client.get("/v1/models", headers=headers)).json()["data"]
+        assert "default/skill" in [model["id"] for model in listed]
+        body = {"model": "default/skill", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        assert (await bench.client.post("/v1/chat/completions", json=body, headers=headers)).status_code == 200
+        assert (await bench.client.delete("/v1/adapters/default%2Fskill", headers=headers)).status_code != 200
 
 
 def test_greeting_can_be_pasted(tmp_path: Path) -> None:
