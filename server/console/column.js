@@ -136,7 +136,7 @@ export class Column extends EventTarget {
     const body = { ...this.#target(), ...sampling.fields, messages: [...sampling.system, ...this.#messages, said] };
     await complete(this.#api, body, answer, { signal: stop.signal, changed: () => this.#show(turn, answer) });
     if (this.#stop !== stop) return; // cleared or asked again meanwhile
-    if (!answer.error && answer.text) this.#messages.push(said, { role: "assistant", content: answer.text });
+    if (!answer.error && answer.text) this.#messages.push(said, answer.turn);
     this.#stop = null;
     this.#state();
   }

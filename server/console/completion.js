@@ -6,6 +6,7 @@ import { events } from "./sse.js";
 /** What a stream has shown so far. Times are in ms from the sending. */
 export class Answer {
   text = "";
+  reasoning = "";
   served = null;
   usage = null;
   finish = null;
@@ -14,6 +15,12 @@ export class Answer {
   firstText = null;
   lastText = null;
   ended = null;
+
+  /** The answer as a turn of the conversation to go on with. */
+  get turn() {
+    const thought = this.reasoning ? { reasoning_content: this.reasoning } : {};
+    return { role: "assistant", content: this.text, ...thought };
+  }
 
   /** Tokens of the answer, when the server has said. */
   get tokens() {
@@ -60,11 +67,12 @@ function take(answer, chunk, now) {
   if (chunk.loramux) answer.served = chunk.loramux;
   if (chunk.usage) answer.usage = chunk.usage;
   for (const choice of chunk.choices ?? []) {
-    const text = choice.delta?.content ?? "";
-    if (text) {
+    const [text, reasoning] = [choice.delta?.content ?? "", choice.delta?.reasoning_content ?? ""];
+    if (text || reasoning) {
       answer.firstText ??= now;
       answer.lastText = now;
       answer.text += text;
+      answer.reasoning += reasoning;
     }
     answer.finish = choice.finish_reason ?? answer.finish;
   }

@@ -7,6 +7,11 @@ import { bytes, date } from "./format.js";
 import { toast } from "./toast.js";
 
 const VERSIONS = 8;
+const VISIBILITIES = [
+  ["private", "its owner only"],
+  ["shared", "the tenants named"],
+  ["public", "every tenant"],
+];
 
 /** Opens the dialog. `use(model)` takes the reader to the chat. */
 export function showDetail(api, catalog, adapter, use) {
@@ -38,10 +43,18 @@ export function showDetail(api, catalog, adapter, use) {
   );
 }
 
-/** The form for description and examples. */
+/** The form for description, examples and who may use it. */
 function texts(api, catalog, adapter) {
   const description = el("textarea", { rows: "2", value: adapter.description ?? "" });
   const examples = el("textarea", { rows: "4", value: adapter.examples.join("\n") });
+  const open = el(
+    "select",
+    { on: { change: () => (named.hidden = open.value !== "shared") } },
+    VISIBILITIES.map(([value, text]) => el("option", { value, selected: value === adapter.visibility }, text)),
+  );
+  const tenants = el("input", { type: "text", value: (adapter.shared_with ?? []).join(", ") });
+  const named = field("Tenants, separated by commas", tenants);
+  named.hidden = adapter.visibility !== "shared";
   const error = el("p", { class: "error", role: "alert", hidden: true });
   const save = async (event) => {
     event.preventDefault();
@@ -51,7 +64,14 @@ function texts(api, catalog, adapter) {
         .split("\n")
         .map((line) => line.trim())
         .filter(Boolean),
+      visibility: open.value,
     };
+    if (open.value === "shared") {
+      body.shared_with = tenants.value
+        .split(",")
+        .map((name) => name.trim())
+        .filter(Boolean);
+    }
     try {
       catalog.put(await api.json("PATCH", Api.adapter(adapter.name), { body }));
       error.hidden = true;
@@ -66,6 +86,8 @@ function texts(api, catalog, adapter) {
     { class: "stack", on: { submit: save } },
     field("Description", description, { wide: true }),
     field("Examples, one per line: the router learns from them", examples, { wide: true }),
+    field("Open to", open),
+    named,
     error,
     el("div", { class: "row end" }, el("button", { type: "submit", class: "button" }, "Save")),
   );

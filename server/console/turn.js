@@ -8,6 +8,8 @@ export class Turn {
   node;
   #base;
   #text = document.createTextNode("");
+  #thought = document.createTextNode("");
+  #thinking = el("details", { class: "thinking", open: true, hidden: true }, el("summary", {}, "Reasoning"));
   #body = el("div", { class: "answer" });
   #error = el("p", { class: "error", role: "alert", hidden: true });
   #facts = el("div", { class: "facts" });
@@ -16,10 +18,12 @@ export class Turn {
   constructor(prompt, base) {
     this.#base = base;
     this.#body.append(this.#text);
+    this.#thinking.append(el("div", {}, this.#thought));
     this.node = el(
       "div",
       { class: "turn" },
       el("div", { class: "prompt" }, prompt),
+      this.#thinking,
       this.#body,
       this.#error,
       this.#facts,
@@ -28,8 +32,10 @@ export class Turn {
 
   /** Shows what there is of an answer. */
   show(answer) {
-    const { length } = this.#text;
-    if (answer.text.length > length) this.#text.appendData(answer.text.slice(length));
+    if (!this.#text.length && answer.text) this.#thinking.open = false; // the answer begins
+    grow(this.#thought, answer.reasoning);
+    grow(this.#text, answer.text);
+    this.#thinking.hidden = !answer.reasoning;
     this.#body.classList.toggle("waiting", answer.ended === null && !answer.text);
     this.#body.hidden = answer.ended !== null && !answer.text;
     fill(this.#facts, facts(answer, this.#base));
@@ -42,4 +48,9 @@ export class Turn {
       if (this.#why) this.node.append(this.#why);
     }
   }
+}
+
+/** Adds what `text` has more than the node. */
+function grow(node, text) {
+  if (text.length > node.length) node.appendData(text.slice(node.length));
 }

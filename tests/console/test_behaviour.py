@@ -74,6 +74,60 @@ def test_hostile_texts_are_texts(
     assert blocked, "the policy forbids HTML from texts, whatever the code does"
 
 
+def test_reasoning_is_apart_and_goes_back(
+    scripted: Callable[..., Bench], open_page: Callable[..., Any], expect: Any
+) -> None:
+    bench = scripted()
+    asked: list[Any] = []
+    deltas = ({"reasoning_content": "two "}, {"reasoning_content": "and two"}, {"content": "four"})
+    chunks = [json.dumps({"choices": [{"index": 0, "delta": delta}]}) for delta in deltas]
+    stream = "".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]"))
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.post_data_json["messages"])
+        route.fulfill(headers={"content-type": "text/event-stream"}, body=stream)
+
+    page = open_page(bench.url)
+    pick(page, 0, BASE)
+    page.get_by_role("button", name="Remove this column").nth(1).click()
+    page.route("**/v1/chat/completions", answer)
+    send(page, "2 + 2?")
+    expect(column(page, 0).locator(".answer")).to_have_text("four")
+    thought = column(page, 0).locator(".thinking")
+    expect(thought.locator("div")).to_be_hidden()  # folded once the answer begins
+    thought.get_by_text("Reasoning").click()
+    expect(thought.locator("div")).to_have_text("two and two")
+    send(page, "and 3?")
+    expect(column(page, 0).locator(".answer")).to_have_count(2)
+    said = {"role": "assistant", "content": "four", "reasoning_content": "two and two"}
+    assert asked[1][1] == said
+
+
+def test_an_adapter_is_opened_to_tenants(
+    scripted: Callable[..., Bench], open_page: Callable[..., Any], expect: Any, watched: Any
+) -> None:
+    watched.expected.append("400")
+    bench = scripted()
+    bench.put("skill")
+    bench.state.tenants.create_key("acme")
+    secret, _ = bench.state.tenants.create_key("default", role="admin")
+    page = open_page(bench.url, setup=lambda page: page.add_init_script(f"sessionStorage['loramux.key'] = '{secret}'"))
+    view(page, "Adapters")
+    row(page, "skill").get_by_role("button", name="skill", exact=True).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_label("Tenants, separated")).to_be_hidden()
+    dialog.get_by_label("Open to").select_option("shared")
+    dialog.get_by_role("button", name="Save").click()
+    expect(dialog.get_by_role("alert")).to_contain_text("shared_with")
+    dialog.get_by_label("Tenants, separated").fill("acme")
+    dialog.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("skill is saved.")).to_be_visible()
+    assert bench.store.own("skill", owner="default").shared_with == ("acme",)
+    dialog.get_by_label("Open to").select_option("public")
+    dialog.get_by_role("button", name="Save").click()
+    wait_for(lambda: bench.store.own("skill", owner="default").visibility == "public")
+
+
 def test_errors_are_shown_as_they_are(
     scripted: Callable[..., Bench], open_page: Callable[..., Any], expect: Any, watched: Any
 ) -> None:
