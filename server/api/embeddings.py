@@ -8,7 +8,6 @@ adapters lie in different spaces: `auto`, which would mix them, is refused.
 import asyncio
 import base64
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,7 +112,7 @@ class Embedder:
                 self.state.engine, name, tuple(prompt), PoolingParams(), self.selection.salt, self.selection.refs,
                 self.selection.tenant,
             )  # fmt: skip
-            times.token(time.monotonic())
+            self.state.metrics.arrived(times)
             status = "stop"
         except QueueFullError:
             status = "rejected"

@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -309,7 +308,7 @@ class Generation:
                     choice.cached_tokens = output.cached_tokens
                     choice.times.scheduled = output.scheduled_at or choice.times.scheduled
                     if output.token_ids:
-                        choice.times.token(time.monotonic())
+                        self._state.metrics.arrived(choice.times)
                     if output.finish_reason in ("abort", "error"):
                         raise EngineDeadError(output.error or "the engine gave the request up")
                     delta = text.take(output)

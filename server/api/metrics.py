@@ -8,7 +8,7 @@ bounded number of them have a label of their own.
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -118,15 +118,14 @@ class RequestTimes:
     scheduled: float | None = None
     first: float | None = None
     last: float | None = None
-    gaps: list[float] = field(default_factory=list)
 
-    def token(self, now: float) -> None:
-        """Notes tokens that arrive together at `now`."""
+    def token(self, now: float) -> float | None:
+        """Notes tokens that arrive together at `now`; seconds since those before them, None for the first."""
+        gap = None if self.last is None else now - self.last
         if self.first is None:
             self.first = now
-        elif self.last is not None:
-            self.gaps.append(now - self.last)
         self.last = now
+        return gap
 
 
 class Metrics:
@@ -231,6 +230,12 @@ class Metrics:
         """A connection or a request's head was refused, before the application saw a request."""
         self._refused.labels(str(status)).inc()
 
+    def arrived(self, times: RequestTimes) -> None:
+        """Tokens of one sequence have arrived just now."""
+        gap = times.token(time.monotonic())
+        if gap is not None:
+            self._itl.observe(gap)
+
     def finished(
         self,
         names: Iterable[str],
@@ -253,8 +258,6 @@ class Metrics:
             if times.scheduled is not None:
                 self._queue.observe(times.scheduled - times.start)
                 self._prefill.observe(times.first - times.scheduled)
-            for gap in times.gaps:
-                self._itl.observe(gap)
             if generated_tokens > 1:
                 self._tpot.observe((times.last - times.first) / (generated_tokens - 1))
             self._prompt.inc(prompt_tokens)
