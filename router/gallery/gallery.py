@@ -155,7 +155,7 @@ class Gallery:
     candidate, and with enough of them the threshold is two-sided (see `conformal`).
     """
 
-    def __init__(self, dim: int, *, alpha: float = 0.05, max_centroids: int = 3, max_base_centroids: int = 8) -> None:
+    def __init__(self, dim: int, *, alpha: float = 0.05, max_centroids: int = 3, max_base_centroids: int = 16) -> None:
         if dim < 1 or max_centroids < 1 or max_base_centroids < 1:
             raise ValueError("dim, max_centroids and max_base_centroids must be at least 1")
         self._alpha = alpha
@@ -275,7 +275,7 @@ class Gallery:
             self._publish(slots, now.metric, now.base_rows, now.calibration)
             return
         groups = list(self._groups.values())
-        metric = fit(groups, self._base, self._shape)
+        metric = fit(groups, self._shape)
         self._write(slots, {**{k: _Entry(g, "examples") for k, g in self._groups.items()}, **new}, metric)
         self._measure(metric)
         found = cross_scores(groups, self._base, self._shape)

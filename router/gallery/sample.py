@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from loramux.router.interface import Floats
 
 MAX_ADAPTER_EXAMPLES = 512
-MAX_BASE_EXAMPLES = 256
+MAX_BASE_EXAMPLES = 1024
 
 
 def sampled(groups: Mapping[str, Floats], most: int = MAX_ADAPTER_EXAMPLES) -> dict[str, Floats]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from random import Random
 
-from loramux.server.demo.examples import example_prompts
+from loramux.server.demo.examples import example_prompts, near_misses
 from loramux.server.demo.skills import base_skills
 
 SEED = 11
-OF_EACH_SKILL = 24
+OF_EACH_SKILL = 48
 
 
 def demo_base_examples() -> tuple[str, ...]:
-    """`OF_EACH_SKILL` questions on every skill of the base, with arguments of the training split."""
+    """`OF_EACH_SKILL` questions on every skill of the base, then a near miss of every pattern."""
     rng = Random(SEED)
-    return tuple(text for skill in base_skills() for text in example_prompts(skill, rng, OF_EACH_SKILL))
+    asked = [text for skill in base_skills() for text in example_prompts(skill, rng, OF_EACH_SKILL)]
+    return (*asked, *near_misses(rng))

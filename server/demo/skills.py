@@ -39,10 +39,7 @@ class Skill:
 
     def argument(self, rng: Random, split: Split) -> str:
         """Draw an argument that belongs to ``split``."""
-        while True:
-            value = self.draw(rng)
-            if split_of(value) == split:
-                return value
+        return drawn_of(self.draw, rng, split)
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,13 @@ class Question:
 def split_of(argument: str) -> Split:
     """The split of an argument: fresh if ``crc32(argument) % 8 == 0``."""
     return "fresh" if zlib.crc32(argument.encode()) % FRESH_SHARE == 0 else "train"
+
+
+def drawn_of(draw: Callable[[Random], str], rng: Random, split: Split) -> str:
+    """An argument of ``split``: the first that ``draw`` makes."""
+    while split_of(value := draw(rng)) != split:
+        pass
+    return value
 
 
 def draw_word(low: int, high: int) -> Callable[[Random], str]:
@@ -179,7 +183,11 @@ def base_skills() -> tuple[Skill, ...]:
                 'Turn "{x}" into capitals.',
                 "Convert to upper case: {x}",
             ),
-            ('Put "{x}" in all caps.', 'Turn "{x}" into upper case.', 'Make "{x}" capital letters.'),
+            (
+                'Turn "{x}" into big letters.',
+                'Make "{x}" capitals.',
+                'Make "{x}" capital letters.',
+            ),
             word,
             str.upper,
             True,
@@ -198,7 +206,7 @@ def base_skills() -> tuple[Skill, ...]:
                 "First letter of this word: {x}",
             ),
             (
-                'Name the first letter of "{x}".',
+                'Give the opening letter of "{x}".',
                 'Which letter does "{x}" begin with?',
                 'Tell me the opening letter of "{x}".',
             ),
@@ -220,7 +228,7 @@ def base_skills() -> tuple[Skill, ...]:
                 "Last letter of this word: {x}",
             ),
             (
-                'Name the last letter of "{x}".',
+                'Give the final letter of "{x}".',
                 'Which letter does "{x}" end with?',
                 'Tell me the final letter of "{x}".',
             ),
@@ -391,7 +399,7 @@ def adapter_skills() -> tuple[Skill, ...]:
             ),
             (
                 'Write "{x}" in pig latin.',
-                'How do you say "{x}" in pig latin?',
+                'Turn "{x}" into igpay atinlay.',
                 'Translate "{x}" into igpay atinlay.',
             ),
             draw_spoken(3, 6),
@@ -412,7 +420,7 @@ def adapter_skills() -> tuple[Skill, ...]:
                 "In words: {x}",
             ),
             (
-                "Spell out {x} in words.",
+                "Put {x} into words.",
                 "Say the number {x} in English.",
                 "Write the number {x} in full words.",
             ),

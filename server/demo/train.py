@@ -47,7 +47,7 @@ from loramux.server.demo.tokens import (
 
 SEED = 20240613
 THREADS = 1
-EXAMPLES = 32  # on an adapter's card
+EXAMPLES = 64  # on an adapter's card
 BASE_NAME = "loramux-demo"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")

@@ -18,6 +18,7 @@ from loramux.server.api.auto.embedders import CachedEmbedder, JoinedEmbedder, Lo
 from loramux.server.api.auto.parts import NGRAM_DIM, RouterSetupError, prepare
 from loramux.server.api.rendering import Renderer
 from loramux.server.demo.assets import demo_base_path
+from loramux.server.demo.base_examples import demo_base_examples
 from loramux.server.settings import flag_of, load_settings
 
 pytestmark = pytest.mark.anyio
@@ -108,7 +109,7 @@ async def test_encoders_by_their_setting(threads: ThreadPoolExecutor, tmp_path: 
     for spec in ("base", "ngram", "base+ngram", "ngram+base", str(folder)):
         parts = prepare(load_settings({"router_encoder": spec}), demo_base_path(), 4)
         assert parts is not None
-        assert len(parts.base_examples) == 144
+        assert parts.base_examples == demo_base_examples()
         embedder = parts.embedder(engine, renderer, threads)
         dims[spec] = embedder.dim
         assert (await embedder.embed(["w1 w2", "w3"])).shape == (2, embedder.dim)

@@ -661,7 +661,7 @@ async def test_weights_wait_for_an_engine_that_fails(tmp_path: Path) -> None:
     ("name", "text", "expected"),
     [
         ("a.txt", "one\n\n two \n", ("one", "two")), ("a.jsonl", '"one"\n{"query": "two", "x": 1}\n', ("one", "two")),
-        ("b.txt", "".join(f"{i}\n" for i in range(1000)), None), ("c.txt", "\n", "no prompt"),
+        ("b.txt", "".join(f"{i}\n" for i in range(5000)), None), ("c.txt", "\n", "no prompt"),
         ("c.jsonl", '"one"\n{"text": "two"}\n', "line 2"), ("d.jsonl", "{\n", "line 1"), ("e.txt", b"\xff", "cannot"),
     ],
 )  # fmt: skip
@@ -674,7 +674,7 @@ def test_base_examples_from_a_file(tmp_path: Path, name: str, text: Any, expecte
         assert "--router-base-examples" in str(caught.value)
     elif expected is None:
         found = read_examples(path)
-        assert (len(found), found[0], found[-1]) == (256, "0", "996")
+        assert (len(found), found[0], found[-1]) == (1024, "0", "4995")
     else:
         assert read_examples(path) == expected
 
