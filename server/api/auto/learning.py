@@ -18,11 +18,12 @@ import numpy as np
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.router.gallery.gallery import Gallery, Kind
 from loramux.router.interface import BASE
-from loramux.server.api.auto.embedders import TEXTS_AT_ONCE, Embedder
+from loramux.server.api.auto.embedders import Embedder
 from loramux.server.engine.protocol import EngineError
 
 logger = logging.getLogger(__name__)
 
+LEARNT_AT_ONCE = 256  # texts: the gallery fits anew after each batch while it is small
 RETRY_SECONDS = 0.5
 LOG_SECONDS = 5.0
 SAVE_SECONDS = 20.0
@@ -151,10 +152,10 @@ class Learner:
                 logger.info("the router embeds texts: %d adapters are done, %d wait", done, self.pending)
 
     def _take(self) -> dict[str, Texts]:
-        """The next adapters, of about `TEXTS_AT_ONCE` texts together."""
+        """The next adapters, of about `LEARNT_AT_ONCE` texts together."""
         size = 0
         batch = {}
-        while self._todo and size < TEXTS_AT_ONCE:
+        while self._todo and size < LEARNT_AT_ONCE:
             key, texts = self._todo.popitem(last=False)
             self._flying[key] = batch[key] = texts
             size += len(texts.texts)
