@@ -180,15 +180,19 @@ class Api:
             raise CommandError(f"{message or body} (status {response.status_code}){hint}")
         return body
 
-    def adapters(self) -> Iterator[dict[str, Any]]:
-        """All adapters, page by page."""
-        after: str | None = None
+    def pages(self, path: str, size: int, **wanted: str) -> Iterator[dict[str, Any]]:
+        """Everything of a list, asked for `size` at a time; `wanted` are further parameters of its query."""
+        params: dict[str, Any] = {"limit": size, **wanted}
         while True:
-            page = self.call("GET", "/v1/adapters", params={"limit": 500, **({"after": after} if after else {})})
+            page = self.call("GET", path, params=params)
             yield from page["data"]
             if not page["has_more"]:
                 return
-            after = page["last_id"]
+            params["after"] = page["last_id"]
+
+    def adapters(self) -> Iterator[dict[str, Any]]:
+        """All adapters, page by page."""
+        return self.pages("/v1/adapters", 500)
 
     def models(self) -> list[dict[str, Any]]:
         """What the server lists under /v1/models, loramux or not."""

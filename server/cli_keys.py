@@ -48,13 +48,7 @@ class RemoteKeys:
 
     def keys(self, tenant: str | None) -> Iterator[dict[str, Any]]:
         """See `KeyBook.keys`."""
-        wanted: dict[str, Any] = {"limit": PAGE, **({"tenant": tenant} if tenant else {})}
-        while True:
-            page = self._api.call("GET", "/v1/admin/keys", params=wanted)
-            yield from page["data"]
-            if not page["has_more"]:
-                return
-            wanted["after"] = page["last_id"]
+        return self._api.pages("/v1/admin/keys", PAGE, **({"tenant": tenant} if tenant else {}))
 
     def revoke(self, id: str) -> dict[str, Any]:
         """See `KeyBook.revoke`."""

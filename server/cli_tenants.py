@@ -26,18 +26,16 @@ MEANINGS = {
 
 def _all(found: Api | Tenants) -> Iterator[dict[str, Any]]:
     """Every tenant by name, as the admin API shows it; from a folder without what only a server knows."""
+    if isinstance(found, Api):
+        yield from found.pages("/v1/admin/tenants", PAGE)
+        return
     after: str | None = None
     while True:
-        if isinstance(found, Api):
-            page = found.call("GET", "/v1/admin/tenants", params={"limit": PAGE, **({"after": after} if after else {})})
-            rows, more = page["data"], page["has_more"]
-        else:
-            kept = found.tenants(PAGE, after)
-            rows, more = [_shown(tenant) for tenant in kept.data], kept.has_more
-        yield from rows
-        if not more:
+        page = found.tenants(PAGE, after)
+        yield from map(_shown, page.data)
+        if not page.has_more:
             return
-        after = rows[-1]["id"]
+        after = page.data[-1].name
 
 
 def _shown(tenant: Tenant) -> dict[str, Any]:

@@ -474,7 +474,7 @@ class TorchLoraBackend(SlotBackend[_Adapter, TorchLoraPlan]):
     def _build(self, segments: Sequence[Segment], num_tokens: int) -> TorchLoraPlan:
         entries = make_entries(segments)
         own = {slot for slot, entry in entries.items() if self._uses_own(entry, len(entries))}
-        # What would be computed from its own tensors, but lies in a run, and in banks whose rows do so too is not.
+        # What would be computed from its own tensors but lies in a run: it is not, in banks whose rows lie so, too.
         even: set[int] = set()
         if self.products == "auto" and self.bank_dtype.itemsize >= 4:
             even.update(*even_runs(entries, own, _EVEN_TOKENS))

@@ -53,16 +53,6 @@ def base_centroids(base: Floats, metric: Metric, shape: Shape) -> Floats:
     return centroids(base, metric, shape.most_base) if len(base) else base
 
 
-def fit(groups: Sequence[Floats], shape: Shape) -> Metric:
-    """The metric of adapters' examples [n_i, dim].
-
-    The base's take no part: they are of many kinds, and what tells an adapter's prompts from a near miss would count as
-    spread within one candidate. The price: a prompt that asks an adapter's question among the base's looks more like
-    the base's.
-    """
-    return fit_metric(groups, shape.dim)
-
-
 def cosines(metric: Metric, queries: Floats, rows: Floats) -> Floats:
     """cos_M of every query with every row: float32 [queries, rows]."""
     weighed = metric.weigh(queries)
@@ -93,7 +83,7 @@ def cross_scores(groups: Sequence[Floats], base: Floats, shape: Shape) -> CrossS
     for fold in range(folds):
         kept = [_without(g, fold, folds) for g in groups]
         kept_base = _without(base, fold, folds)
-        metric = fit(kept, shape)
+        metric = fit_metric(kept, shape.dim)
         rows = [centroids(g, metric, shape.most) for g in kept]
         if not rows:
             continue

@@ -27,9 +27,8 @@ from loramux.router.gallery.crossfit import (
     centroids,
     cross_scores,
     evidence,
-    fit,
 )
-from loramux.router.gallery.metric import Metric, plain_metric
+from loramux.router.gallery.metric import Metric, fit_metric, plain_metric
 from loramux.router.gallery.sample import MAX_BASE_EXAMPLES, sampled
 from loramux.router.gallery.state import GalleryState
 from loramux.router.interface import BASE, Floats
@@ -275,7 +274,7 @@ class Gallery:
             self._publish(slots, now.metric, now.base_rows, now.calibration)
             return
         groups = list(self._groups.values())
-        metric = fit(groups, self._shape)
+        metric = fit_metric(groups, self.dim)
         self._write(slots, {**{k: _Entry(g, "examples") for k, g in self._groups.items()}, **new}, metric)
         self._measure(metric)
         found = cross_scores(groups, self._base, self._shape)

@@ -10,6 +10,10 @@ What all adapters' prompts vary in (their arguments, their phrasing) weighs litt
 much; this is within-class covariance normalisation (Hatch, Kajarekar and Stolcke 2006) with the shrinkage of
 regularised discriminant analysis (Friedman 1989). mu' takes out what all embeddings of an encoder share; it is scaled
 because the mean of one candidate says nothing about the others. With no candidate of two examples, M = I.
+
+The base is no candidate here: its prompts are of many kinds, and what tells an adapter's from a near miss would count
+as spread within one of them. The price: a prompt that asks an adapter's question among the base's looks more like the
+base's.
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 import { Api } from "./api.js";
 import { isOwn } from "./catalog.js";
 import { button, dialog, el, field, fill } from "./dom.js";
-import { bytes, date } from "./format.js";
+import { bytes, date, items } from "./format.js";
 import { toast } from "./toast.js";
 
 const VERSIONS = 8;
@@ -60,18 +60,10 @@ function texts(api, catalog, adapter) {
     event.preventDefault();
     const body = {
       description: description.value.trim() || null,
-      examples: examples.value
-        .split("\n")
-        .map((line) => line.trim())
-        .filter(Boolean),
+      examples: items(examples.value),
       visibility: open.value,
     };
-    if (open.value === "shared") {
-      body.shared_with = tenants.value
-        .split(",")
-        .map((name) => name.trim())
-        .filter(Boolean);
-    }
+    if (open.value === "shared") body.shared_with = items(tenants.value, ",");
     try {
       catalog.put(await api.json("PATCH", Api.adapter(adapter.name), { body }));
       error.hidden = true;

@@ -1,4 +1,4 @@
-/** Values as people read them. */
+/** Values as people read and write them. */
 
 const UNITS = ["B", "kB", "MB", "GB", "TB"];
 
@@ -45,4 +45,12 @@ export function shortDigest(digest) {
 /** A unix time in seconds, in the reader's own zone. */
 export function date(seconds) {
   return new Date(seconds * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
+}
+
+/** The items of a text that somebody wrote, one after each `separator`. */
+export function items(text, separator = "\n") {
+  return text
+    .split(separator)
+    .map((item) => item.trim())
+    .filter(Boolean);
 }

@@ -2,7 +2,7 @@
 
 import { button, dialog, el, field, fill } from "./dom.js";
 import { adapterIn, chosen, dropped, nameFrom } from "./files.js";
-import { bytes } from "./format.js";
+import { bytes, items } from "./format.js";
 import { toast } from "./toast.js";
 
 const NAME = "[a-z0-9][a-z0-9._\\-]{0,63}";
@@ -142,10 +142,7 @@ export class Upload {
     const form = new FormData();
     form.append("name", this.#name.value);
     if (this.#description.value.trim()) form.append("description", this.#description.value.trim());
-    const examples = this.#examples.value
-      .split("\n")
-      .map((line) => line.trim())
-      .filter(Boolean);
+    const examples = items(this.#examples.value);
     if (examples.length) form.append("examples", JSON.stringify(examples));
     form.append("files", this.#found.config, this.#found.config.name);
     form.append("files", this.#found.weights, this.#found.weights.name);

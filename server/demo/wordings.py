@@ -92,11 +92,14 @@ def is_reserved(wording: str) -> bool:
 
 
 @cache
+def _parts() -> dict[str, dict[str, list[str]]]:
+    found: dict[str, dict[str, list[str]]] = json.loads(files(__package__).joinpath("wordings.json").read_bytes())
+    return found
+
+
 def wordings(part: str) -> dict[str, list[str]]:
     """One part of `wordings.json`: patterns by skill, or by what their argument is."""
-    text = files(__package__).joinpath("wordings.json").read_text(encoding="utf-8")
-    found: dict[str, list[str]] = json.loads(text)[part]
-    return found
+    return _parts()[part]
 
 
 def expansions(pattern: str) -> tuple[str, ...]:

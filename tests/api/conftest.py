@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from api.harness import Bench, in_process, listening, make_bench
 
+from loramux.server import cli_registry
+
 
 @pytest.fixture
 def anyio_backend() -> str:
@@ -42,3 +44,14 @@ def live(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
             return stack.enter_context(listening(make_bench(tmp_path, **settings)))
 
         yield build
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """A live server, whose store the commands find."""
+    for name in ("LORAMUX_URL", "LORAMUX_API_KEY", "LORAMUX_STORE_DIR", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    with listening(make_bench(tmp_path)) as bench:
+        monkeypatch.setattr(cli_registry, "store_root", lambda settings: bench.store.registry_path.parent)
+        yield bench

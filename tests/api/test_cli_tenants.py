@@ -1,28 +1,21 @@
 """`loramux tenants`: on the store's folder beside a running server, and over its admin API."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from api.harness import Bench, listening, make_bench
+from api.harness import Bench
 
 from loramux.adapters_store.tenants import TenantLimits
-from loramux.server import cli_registry, cli_tenants
+from loramux.server import cli_tenants
 from loramux.server.cli import main
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A live server with the tenants `acme` and `beta`, whose store the commands find."""
-    for name in ("LORAMUX_URL", "LORAMUX_API_KEY", "LORAMUX_STORE_DIR", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-    with listening(make_bench(tmp_path)) as bench:
-        monkeypatch.setattr(cli_registry, "store_root", lambda settings: bench.store.registry_path.parent)
-        for tenant in ("acme", "beta"):
-            bench.state.tenants.create_key(tenant)
-        yield bench
+def server(server: Bench) -> Bench:
+    """With the tenants `acme` and `beta`."""
+    for tenant in ("acme", "beta"):
+        server.state.tenants.create_key(tenant)
+    return server
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from api.harness import Bench, listening, make_bench
+from api.harness import Bench
 
 from loramux.adapters_store.schema import REGISTRY_FILE
 from loramux.adapters_store.tenants import Tenants
@@ -30,17 +29,6 @@ def loramux(*argv: str) -> None:
     args = parser.parse_args(argv)
     server = server_of(args)
     args.run(Api(server.url, server.key), args, output())
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A live server, whose store the commands find."""
-    for name in ("LORAMUX_URL", "LORAMUX_API_KEY", "LORAMUX_STORE_DIR", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-    with listening(make_bench(tmp_path)) as bench:
-        monkeypatch.setattr(cli_registry, "store_root", lambda settings: bench.store.registry_path.parent)
-        yield bench
 
 
 def status(bench: Bench, key: str) -> int:

@@ -50,15 +50,15 @@ def auroc(positive: Floats, negative: Floats) -> float:
     return float((difference > 0).mean() + (difference == 0).mean() / 2)
 
 
-@pytest.mark.parametrize(("held_out", "kept"), [(False, 0.98), (True, 0.95)])
-def test_fresh_prompts_reach_their_adapter(gallery: Gallery, held_out: bool, kept: float) -> None:
+@pytest.mark.parametrize("held_out", [False, True])
+def test_fresh_prompts_reach_their_adapter(gallery: Gallery, held_out: bool) -> None:
     snapshot = gallery.snapshot()
     embeddings, wanted = fresh(adapter_skills(), 20, held_out=held_out)
     scores = snapshot.score(embeddings)
     chosen = [snapshot.candidates[i] for i in scores.argmax(axis=1)]
     assert np.mean([c == w for c, w in zip(chosen, wanted, strict=True)]) >= 0.98
     assert snapshot.calibration.threshold is not None
-    assert (scores.max(axis=1) >= snapshot.calibration.threshold).mean() >= kept
+    assert (scores.max(axis=1) >= snapshot.calibration.threshold).mean() >= 0.98
 
 
 def test_prompts_of_none_are_told_apart(gallery: Gallery) -> None:
