@@ -20,8 +20,10 @@ from loramux.server.api.generation import (
     check_token_ids,
     count_choices,
     sampling_params,
+    too_long,
 )
 from loramux.server.api.logprobs import TokenScore, text_logprobs
+from loramux.server.api.rendering import PromptTooLongError
 from loramux.server.api.resolve import Query, Selection, select
 from loramux.server.api.schemas.completions import Completion, CompletionChoice, CompletionRequest, Prompt
 from loramux.server.api.schemas.logprobs import TextLogprobs
@@ -93,9 +95,14 @@ def _text(state: ServerState, prompt: Prompt) -> str:
 async def prompt_tokens(
     state: ServerState, prompt: Prompt, *, add_special_tokens: bool = True, field_name: str = "prompt"
 ) -> list[int]:
-    """The prompt as token ids. Raises a 400 for one without any, or with ids that the model does not have."""
+    """The prompt as token ids. Raises a 400 for one without any, for a text that has more than fit into the context,
+    and for ids that the model does not have."""
     if isinstance(prompt, str):
-        token_ids = await state.renderer.text_tokens(prompt, add_special_tokens=add_special_tokens)
+        most = state.require_engine().max_model_len
+        try:
+            token_ids = await state.renderer.text_tokens(prompt, add_special_tokens=add_special_tokens, most=most)
+        except PromptTooLongError as error:
+            raise too_long(error.tokens, most, field_name) from None
     else:
         token_ids = prompt
         check_token_ids(token_ids, state.vocab_size, field_name)

@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import Literal
 
 from loramux.server.api.answer_formats import CallStyle
-from loramux.server.api.generation import Delta
+from loramux.server.api.generation import Delta, too_long
 from loramux.server.api.logprobs import TokenScore
 from loramux.server.api.parsing import Piece, Reader
-from loramux.server.api.rendering import Prompt
+from loramux.server.api.rendering import Prompt, PromptTooLongError
 from loramux.server.api.schemas.chat import ChatRequest, turns_of
 from loramux.server.api.state import ServerState
 from loramux.server.api.structured import check_constraint, one_constraint
@@ -165,7 +165,11 @@ async def prepare(
     format = renderer.format
     tools = offered_tools(body, format)
     options = replace(body.template_options, tools=tools)
-    prompt = await renderer.in_thread(lambda: renderer.prompt(turns_of(body.messages), options))
+    most = state.require_engine().max_model_len
+    try:
+        prompt = await renderer.in_thread(lambda: renderer.prompt(turns_of(body.messages), options, most=most))
+    except PromptTooLongError as error:
+        raise too_long(error.tokens, most, "messages") from None
     readers: list[Reader | None] = [None] * copies
     given = one_constraint(body)
     field_name, constraint = given or ("tools", None)

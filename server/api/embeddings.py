@@ -21,6 +21,7 @@ from loramux.server.api.caller import From
 from loramux.server.api.completions import prompt_tokens
 from loramux.server.api.context import arrival, request_id
 from loramux.server.api.errors import bad_request
+from loramux.server.api.generation import too_long
 from loramux.server.api.metrics import RequestTimes, Status
 from loramux.server.api.resolve import AUTO, Query, Selection, select
 from loramux.server.api.schemas.embeddings import EmbeddingList, EmbeddingRequest, EmbeddingUsage
@@ -52,10 +53,7 @@ async def create_embeddings(request: Request, body: EmbeddingRequest, state: Sta
         prompts = [await prompt_tokens(state, p, add_special_tokens=special, field_name="input") for p in body.input]
         longest = max(len(prompt) for prompt in prompts)
         if longest > info.max_model_len:
-            raise bad_request(
-                f"This model's maximum context length is {info.max_model_len} tokens, but an input has {longest}. "
-                "Shorten it.", "input", "context_length_exceeded",
-            )  # fmt: skip
+            raise too_long(longest, info.max_model_len, "input")
         lanes = min(LANES, caller.limits.requests or LANES, len(prompts))
         embedding = Embedder(state, selection, f"embd-{request_id(request)}", prompts, arrival(request), lanes)
         vectors = await unless_disconnected(request, embedding.run())

@@ -14,7 +14,7 @@ from functools import partial
 from typing import cast
 
 from loramux.server.api.detokenize import Stopped, StopStrings
-from loramux.server.api.errors import bad_request
+from loramux.server.api.errors import APIError, bad_request
 from loramux.server.api.logprobs import Echo, TokenScore, read_echo, read_scores
 from loramux.server.api.metrics import RequestTimes, Status
 from loramux.server.api.resolve import Selection
@@ -75,6 +75,14 @@ class Choice:
     stop_reason: int | str | None = None
 
 
+def too_long(prompt_tokens: int, max_model_len: int, field_name: str) -> APIError:
+    """The 400 for a prompt that does not fit, or leaves no room for an answer."""
+    return bad_request(
+        f"This model's maximum context length is {max_model_len} tokens, but `{field_name}` alone has {prompt_tokens}: "
+        "shorten it.", field_name, "context_length_exceeded",
+    )  # fmt: skip
+
+
 def limit_tokens(prompt_tokens: int, wanted: int | None, default: int | None, max_model_len: int) -> int:
     """How many tokens may be generated: what was asked for, or `default`, or the rest of the context.
 
@@ -82,11 +90,7 @@ def limit_tokens(prompt_tokens: int, wanted: int | None, default: int | None, ma
     """
     room = max_model_len - prompt_tokens
     if room < (0 if wanted == 0 else 1):
-        raise bad_request(
-            f"This model's maximum context length is {max_model_len} tokens, prompt and answer together, but the "
-            f"prompt alone has {prompt_tokens}. Shorten it.",
-            "messages" if default is None else "prompt", "context_length_exceeded",
-        )  # fmt: skip
+        raise too_long(prompt_tokens, max_model_len, "messages" if default is None else "prompt")
     if wanted is None:
         return room if default is None else min(default, room)
     if wanted > room:

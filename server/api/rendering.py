@@ -34,6 +34,14 @@ class TokenizerError(Exception):
     """The model's tokenizer cannot be used; the message says why."""
 
 
+class PromptTooLongError(ValueError):
+    """A prompt has more tokens than were asked for at most."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"{tokens} tokens")
+        self.tokens = tokens
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
     """What a request gets that says nothing: the model's own settings, or the neutral values."""
@@ -185,27 +193,35 @@ class Renderer:
             )  # fmt: skip
         return self._template.render(messages, options)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids. `add_special_tokens` as the tokenizer does it (usually a leading begin mark)."""
-        encodings = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encodings[0].ids
+    def encode(self, text: str, *, add_special_tokens: bool, most: int | None = None) -> list[int]:
+        """Token ids. `add_special_tokens` as the tokenizer does it (usually a leading begin mark).
+
+        Raises `PromptTooLongError` for more than `most`: nothing else runs while a list of millions is made.
+        """
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if most is not None and len(encoding) > most:
+            raise PromptTooLongError(len(encoding))
+        ids: list[int] = encoding.ids
         return ids
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Runs work on texts and tokens in a thread of the renderer's."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
-    def prompt(self, messages: Sequence[Turn], options: TemplateOptions = PLAIN) -> Prompt:
-        """The prompt of a conversation. Blocks, for as long as the template likes: to be called in a thread."""
+    def prompt(self, messages: Sequence[Turn], options: TemplateOptions = PLAIN, *, most: int | None = None) -> Prompt:
+        """The prompt of a conversation. Blocks, for as long as the template likes: to be called in a thread.
+
+        Raises as `encode` does.
+        """
         text = self.render(messages, options)
-        token_ids = self.encode(text, add_special_tokens=options.add_special_tokens)
+        token_ids = self.encode(text, add_special_tokens=options.add_special_tokens, most=most)
         return Prompt(token_ids, self.format.begun(text) if self.format else "")
 
-    async def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The prompt of a text completion; a long one is encoded in a thread."""
+    async def text_tokens(self, text: str, *, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
+        """The prompt of a text completion; a long one is encoded in a thread. Raises as `encode` does."""
 
         def encode() -> list[int]:
-            return self.encode(text, add_special_tokens=add_special_tokens)
+            return self.encode(text, add_special_tokens=add_special_tokens, most=most)
 
         if len(text) <= INLINE_CHARS:
             return encode()

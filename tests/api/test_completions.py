@@ -54,6 +54,14 @@ async def test_prompt_forms(bench: Bench, prompt: object, expected: list[list[in
     assert len({request.request_id for request in bench.engine.requests}) == len(expected)
 
 
+@pytest.mark.parametrize("prompt", ["x" * 300, ["a", "x" * 300], [5] * 300, "x" * 20_000])
+async def test_a_prompt_that_does_not_fit(bench: Bench, prompt: object) -> None:
+    error = (await bench.complete(prompt=prompt)).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert "256" in error["message"]
+    assert not bench.engine.requests
+
+
 @pytest.mark.parametrize(
     "prompt",
     [None, 5, "", [], [""], [[]], [1, "a"], [[1], "a"], [True], [1.5], {"a": 1}, [[1, [2]]],

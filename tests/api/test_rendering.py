@@ -7,7 +7,13 @@ import pytest
 from api.harness import ASSISTANT, BEGIN, END, TEMPLATE, USER, byte_tokenizer
 
 from loramux.server.api.errors import APIError
-from loramux.server.api.rendering import Renderer, SamplingDefaults, TokenizerError
+from loramux.server.api.rendering import (
+    INLINE_CHARS,
+    PromptTooLongError,
+    Renderer,
+    SamplingDefaults,
+    TokenizerError,
+)
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -32,6 +38,21 @@ def test_load(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert renderer.defaults == SamplingDefaults()
     assert renderer.detokenizer([]).feed(104) == "h"
+
+
+@pytest.mark.anyio
+async def test_no_more_tokens_than_asked_for(tmp_path: Path) -> None:
+    renderer = Renderer.load(write_model(tmp_path))
+    assert renderer.encode("hello", add_special_tokens=False, most=5) == list(b"hello")
+    assert len(renderer.prompt(MESSAGES, most=6).token_ids) == 6
+    with pytest.raises(PromptTooLongError) as raised:
+        renderer.encode("hello", add_special_tokens=False, most=4)
+    assert raised.value.tokens == 5
+    with pytest.raises(PromptTooLongError):
+        renderer.prompt(MESSAGES, most=5)
+    for length in (5, INLINE_CHARS + 1):
+        with pytest.raises(PromptTooLongError):
+            await renderer.text_tokens("x" * length, most=4)
 
 
 def test_template_file_replaces_the_models_own(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ CASES: dict[str, Work] = {
         c, "/v1/completions", 200, model=BASE, prompt=[[5] * 1000] * 100, max_tokens=4
     ),
     "a prompt of 450k characters": lambda c: post(c, "/v1/completions", 400, model=BASE, prompt=WORDS * 10_000),
+    "a prompt of 4 MB": lambda c: post(c, "/v1/completions", 400, model=BASE, prompt="abcdefgh" * 500_000),
     "a conversation of 2 MB": lambda c: post(
         c, "/v1/chat/completions", 400, model=BASE, messages=[{"role": "user", "content": WORDS * 20}] * 2000
     ),
