@@ -6,13 +6,11 @@ weights, blocked once at load, saves it. A single row is quicker from the plain 
 bfloat16 gains nothing: those keep the plain product, of which this is the quicker twin (it may round otherwise).
 """
 
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loramux.server.engine.host_memory import host_bytes_left
 from loramux.server.engine.loading import LoadedModel, UnsupportedModelError
 
 MIN_ROWS = 4
@@ -55,23 +53,6 @@ def prepack(model: LoadedModel, wanted: bool | None) -> None:
         return
     for projection in large:
         projection.product = PrepackedProduct(projection.weight)
-
-
-def host_bytes_left() -> int:
-    """Bytes that this process may still take: what the kernel calls available, within its control group's limit."""
-    left = int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        available = next(
-            line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")
-        )
-        left = int(available.split()[1]) * 1024
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            left = min(left, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
-        return left  # not Linux, or no such group: what is known
-    return left
 
 
 def _has_kernels() -> bool:

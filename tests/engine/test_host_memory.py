@@ -1,4 +1,4 @@
-"""What the engine's process does with freed memory, seen in processes of their own."""
+"""What the engine's process does with freed memory, seen in processes of their own, and what is left."""
 
 import os
 import platform
@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from loramux.server.engine.host_memory import TRIM_BYTES
+from loramux.server.engine.host_memory import TRIM_BYTES, host_bytes_left
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
 SCRIPT = """
 import ctypes, sys
@@ -43,14 +43,20 @@ def run(**environment: str) -> tuple[int, int]:
     return int(kept), int(left)
 
 
+@glibc
 def test_freed_memory_stays_with_the_process() -> None:
     kept, left = run()
     assert kept == 1
     assert 60 << 20 < left < TRIM_BYTES
 
 
+@glibc
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
 def test_the_environment_has_the_last_word(name: str) -> None:
     kept, left = run(**{name: "131072"})
     assert kept == 0
     assert left < 16 << 20
+
+
+def test_the_memory_that_is_left_is_known() -> None:
+    assert 1 << 20 < host_bytes_left() < 1 << 50

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from loramux.server.engine import prepacked
 from loramux.server.engine.core import EngineCore
 from loramux.server.engine.loading import UnsupportedModelError
-from loramux.server.engine.prepacked import PrepackedProduct, host_bytes_left
+from loramux.server.engine.prepacked import PrepackedProduct
 
 ON: dict[str, Any] = {"prepacked_weights": True}
 
@@ -100,7 +100,3 @@ def test_where_it_cannot_be_it_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         make_core(places[0], places[1], **ON, **settings)
-
-
-def test_the_memory_that_is_left_is_known() -> None:
-    assert 1 << 20 < host_bytes_left() < 1 << 50

@@ -18,8 +18,9 @@ from loramux.kernels.lora.cases import (
     small_cases,
 )
 from loramux.kernels.lora.reference import add_reference
-from loramux.kernels.lora.torch_backend import Products, TorchLoraBackend, _GroupStep, _LongStep
+from loramux.kernels.lora.torch_backend import Products, TorchLoraBackend
 from loramux.kernels.lora.torch_bank import bucket
+from loramux.kernels.lora.torch_steps import GroupStep, LongStep
 
 CASES = [*small_cases(), *large_cases()]
 EVEN = [  # every adapter has as many tokens: products go straight into the output
@@ -103,8 +104,8 @@ def test_the_rule_says_which_weights_are_multiplied(banks: torch.dtype, tokens: 
     plan = backend.plan(case.segments(slots), case.num_tokens)
     assert plan is not None
     (steps,) = plan.steps.values()
-    assert any(isinstance(step, _LongStep) for step in steps) is own
-    assert any(isinstance(step, _GroupStep) for step in steps) is (not own or others > 0)
+    assert any(isinstance(step, LongStep) for step in steps) is own
+    assert any(isinstance(step, GroupStep) for step in steps) is (not own or others > 0)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_equal_prompts_in_the_order_of_rows_are_one_product(
     plan = backend.plan(case.segments(slots), case.num_tokens)
     assert plan is not None
     (steps,) = plan.steps.values()
-    assert sum(isinstance(step, _LongStep) for step in steps) == len(lengths) - grouped
+    assert sum(isinstance(step, LongStep) for step in steps) == len(lengths) - grouped
     assert check(backend, case, slots, weights) <= 1e-5
 
 
@@ -298,7 +299,7 @@ def test_tokens_in_the_backends_order_are_used_where_they_lie() -> None:
     plan = backend.plan([Segment(i, i + 1, ((slot, 1.0),)) for i, slot in enumerate(ordered)], 8)
     assert plan is not None
     ((step,),) = plan.steps.values()
-    assert isinstance(step, _GroupStep)
+    assert isinstance(step, GroupStep)
     assert step.direct
     assert list(plan.steady) == [0]
 
