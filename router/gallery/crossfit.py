@@ -53,11 +53,25 @@ def base_centroids(base: Floats, metric: Metric, shape: Shape) -> Floats:
     return centroids(base, metric, shape.most_base) if len(base) else base
 
 
-def cosines(metric: Metric, queries: Floats, rows: Floats) -> Floats:
-    """cos_M of every query with every row: float32 [queries, rows]."""
+def centroid_lengths(metric: Metric, rows: Floats, examples: Floats | float) -> Floats:
+    """The lengths by which centroids [k, dim] enter the cosine: float32 [k], |c - mu'|_M without what is chance in it.
+
+    A mean c of N rows of length 1 around a true mean m has E|c|^2 = |m|^2 + (1 - |m|^2) / N: the fewer rows, the longer
+    c is, and the smaller its cosine with whatever belongs to it. Hence (N |c|^2 - 1) / (N - 1) in place of |c|^2, but
+    at least half of that; for N <= 1 it stays. N, given as `examples` [k], is the mean over a candidate's centroids:
+    a small cluster is long because its rows were chosen alike.
+    """
+    squares = metric.norms(rows) ** 2
+    n = np.asarray(examples, dtype=np.float32)
+    true = (n * squares - 1) / np.maximum(n - 1, 1)
+    return np.sqrt(np.where(n > 1, np.maximum(true, squares / 2), squares)).astype(np.float32)
+
+
+def cosines(metric: Metric, queries: Floats, rows: Floats, row_lengths: Floats) -> Floats:
+    """cos_M of every query with every row of such a length: float32 [queries, rows]."""
     weighed = metric.weigh(queries)
-    lengths = metric.norms(queries)[:, None] * metric.norms(rows)
-    return np.asarray((weighed @ (rows - metric.mean).T) / np.where(lengths > 0, lengths, 1), dtype=np.float32)
+    both = metric.norms(queries)[:, None] * row_lengths
+    return np.asarray((weighed @ (rows - metric.mean).T) / np.where(both > 0, both, 1), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +102,16 @@ def cross_scores(groups: Sequence[Floats], base: Floats, shape: Shape) -> CrossS
         if not rows:
             continue
         everyone, owners = np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        their_lengths = np.concatenate(
+            [centroid_lengths(metric, made, len(g) / len(made)) for g, made in zip(kept, rows, strict=True)]
+        )
         base_rows = base_centroids(kept_base, metric, shape)
+        base_lengths = centroid_lengths(metric, base_rows, len(kept_base) / max(len(base_rows), 1))
         held = [_only(g, fold, folds) for g in [*groups, base]]  # the base's last
         places = np.repeat(np.arange(len(held)), [len(h) for h in held])
         queries = np.concatenate(held)
-        likeness = cosines(metric, queries, everyone)
-        base_likeness = cosines(metric, queries, base_rows).max(axis=1) if len(base_rows) else None
+        likeness = cosines(metric, queries, everyone, their_lengths)
+        base_likeness = cosines(metric, queries, base_rows, base_lengths).max(axis=1) if len(base_rows) else None
         mine, of_base = owners == places[:, None], places == len(groups)
         others = evidence(np.where(mine, -np.inf, likeness).max(axis=1), base_likeness)
         own.append(evidence(np.where(mine, likeness, -np.inf).max(axis=1), base_likeness)[~of_base])

@@ -2,9 +2,10 @@
 
     score(q, adapter) = max over its centroids c of cos_M(q, c)  -  1/2 max over the base's centroids b of cos_M(q, b)
 
-(no base examples: no second term). Centroids are kept in one float32 matrix [slots, centroids, dim], so a query over
-all adapters is one matrix-vector product. The metric M acts on the query, so that a new metric changes one length per
-centroid and nothing else.
+(no base examples: no second term), where the length of a centroid of few examples is corrected for their number
+(`centroid_lengths`). Centroids are kept in one float32 matrix [slots, centroids, dim], so a query over all adapters is
+one matrix-vector product. The metric M acts on the query, so that a new metric changes one length per centroid and
+nothing else.
 
 One writer at a time (a lock), any number of readers without one: a reader works on a `GallerySnapshot`, which no later
 change touches. Slots freed by a change are used again only when no snapshot that knew them is left.
@@ -24,6 +25,7 @@ from loramux.router.gallery.conformal import Calibration, calibrate
 from loramux.router.gallery.crossfit import (
     Shape,
     base_centroids,
+    centroid_lengths,
     centroids,
     cross_scores,
     evidence,
@@ -47,7 +49,7 @@ _BLOCK = 4096  # slots whose lengths are computed at once
 class GallerySnapshot:
     """The gallery at one moment: a `Scorer` over embeddings of the gallery's encoder.
 
-    `rows` float32 [slots, centroids, dim], `inverse` float32 [slots, centroids] (1 / |c - mu'|_M) and `discount`
+    `rows` float32 [slots, centroids, dim], `inverse` float32 [slots, centroids] (1 / `centroid_lengths`) and `discount`
     float32 [slots] are shared with later snapshots, which write to other slots only.
     """
 
@@ -114,6 +116,7 @@ class _Matrix:
     rows: Floats
     inverse: Floats
     discount: Floats
+    examples: Floats  # to a centroid
     used: int = 0
     free: list[int] = field(default_factory=list)
     retired: list[tuple[int, int]] = field(default_factory=list)  # (last epoch that knew the slot, slot)
@@ -123,9 +126,9 @@ class _Matrix:
         if self.free:
             return self.free.pop()
         if self.used == len(self.rows):
-            self.rows, self.inverse, self.discount = (
+            self.rows, self.inverse, self.discount, self.examples = (
                 np.concatenate([a, np.zeros((max(len(a), _LEAST_SLOTS), *a.shape[1:]), np.float32)])
-                for a in (self.rows, self.inverse, self.discount)
+                for a in (self.rows, self.inverse, self.discount, self.examples)
             )
         self.used += 1
         return self.used - 1
@@ -168,6 +171,7 @@ class Gallery:
         self._matrix = _Matrix(
             np.zeros((0, max_centroids, dim), np.float32),
             np.zeros((0, max_centroids), np.float32),
+            np.zeros(0, np.float32),
             np.zeros(0, np.float32),
         )
         empty = np.zeros(0, np.float32)
@@ -222,6 +226,7 @@ class Gallery:
                 shape=self._shape,
                 keys=now.candidates,
                 rows=now.rows[order],
+                examples=self._matrix.examples[order],
                 discount=now.discount[order],
                 metric=now.metric,
                 base=self._base,
@@ -242,8 +247,8 @@ class Gallery:
         gallery._base = state.base
         gallery._groups, gallery._fitted = dict(state.groups), dict(state.groups)
         n = len(state.keys)
-        lengths = np.zeros(state.rows.shape[:2], np.float32)
-        gallery._matrix = _Matrix(state.rows.copy(), lengths, state.discount.copy(), n)
+        unmeasured = np.zeros(state.rows.shape[:2], np.float32)
+        gallery._matrix = _Matrix(state.rows.copy(), unmeasured, state.discount.copy(), state.examples.copy(), n)
         gallery._measure(state.metric)
         base_rows = base_centroids(state.base, state.metric, shape)
         gallery._publish(dict(zip(state.keys, range(n), strict=True)), state.metric, base_rows, state.calibration)
@@ -298,7 +303,8 @@ class Gallery:
             rows = centroids(entry.rows, metric, self._shape.most)
             matrix.rows[slot] = rows[0]
             matrix.rows[slot, : len(rows)] = rows
-            matrix.inverse[slot] = _inverse(metric.norms(matrix.rows[slot]))
+            matrix.examples[slot] = len(entry.rows) / len(rows)
+            matrix.inverse[slot] = _inverse(centroid_lengths(metric, matrix.rows[slot], matrix.examples[slot]))
             matrix.discount[slot] = DESCRIPTION_DISCOUNT if entry.kind == "description" else 0.0
 
     def _retire(self, slots: dict[str, int], key: str) -> None:
@@ -311,15 +317,16 @@ class Gallery:
         inverse = np.zeros_like(matrix.inverse)
         for start in range(0, matrix.used, _BLOCK):
             rows = matrix.rows[start : min(start + _BLOCK, matrix.used)]
-            lengths = metric.norms(rows.reshape(-1, self.dim))
-            inverse[start : start + len(rows)] = _inverse(lengths).reshape(len(rows), -1)
+            examples = np.repeat(matrix.examples[start : start + len(rows)], rows.shape[1])
+            found = centroid_lengths(metric, rows.reshape(-1, self.dim), examples)
+            inverse[start : start + len(rows)] = _inverse(found).reshape(len(rows), -1)
         matrix.inverse = inverse
 
     def _publish(self, slots: Mapping[str, int], metric: Metric, base_rows: Floats, calibration: Calibration) -> None:
         matrix = self._matrix
         self._epoch += 1
         arrays = (matrix.rows, matrix.inverse, matrix.discount)
-        base = (base_rows, _inverse(metric.norms(base_rows)))
+        base = (base_rows, _inverse(centroid_lengths(metric, base_rows, len(self._base) / max(len(base_rows), 1))))
         self._snapshot = GallerySnapshot(slots, *arrays, metric, *base, calibration, self._epoch, matrix.used)
         self._alive.add(self._snapshot)
 

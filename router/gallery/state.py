@@ -12,20 +12,21 @@ from loramux.router.gallery.crossfit import Shape
 from loramux.router.gallery.metric import Metric
 from loramux.router.interface import Floats
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
 class GalleryState:
     """Everything a gallery knows: candidates' centroids in the order of `keys`, what was fitted, and on what.
 
-    `rows` float32 [candidates, centroids, dim], `discount` float32 [candidates], `base` float32 [n, dim] the base's
-    examples, `groups` the sample that is fitted on.
+    `rows` float32 [candidates, centroids, dim], `examples` float32 [candidates] the number of rows to a centroid,
+    `discount` float32 [candidates], `base` float32 [n, dim] the base's examples, `groups` the sample that is fitted on.
     """
 
     shape: Shape
     keys: tuple[str, ...]
     rows: Floats
+    examples: Floats
     discount: Floats
     metric: Metric
     base: Floats
@@ -37,6 +38,7 @@ class GalleryState:
         empty = np.zeros((0, self.shape.dim), np.float32)
         arrays: dict[str, npt.NDArray[Any]] = {
             "rows": self.rows,
+            "examples": self.examples,
             "discount": self.discount,
             "metric.mean": self.metric.mean,
             "metric.directions": self.metric.directions,
@@ -74,6 +76,7 @@ class GalleryState:
         free = (None,)
         expected: dict[str, tuple[int | None, ...]] = {
             "rows": (n, shape.most, dim),
+            "examples": (n,),
             "discount": (n,),
             "metric.mean": (dim,),
             "metric.directions": (k, dim),
@@ -95,6 +98,7 @@ class GalleryState:
             shape,
             keys,
             arrays["rows"],
+            arrays["examples"],
             arrays["discount"],
             Metric(arrays["metric.mean"], arrays["metric.directions"], arrays["metric.damping"]),
             arrays["base"],

@@ -27,19 +27,21 @@ def filled(keys: int = 6, **settings: float) -> Gallery:
     return gallery
 
 
-def by_formula(snapshot: GallerySnapshot, queries: Floats, key: str) -> np.ndarray:
+def by_formula(snapshot: GallerySnapshot, queries: Floats, key: str, examples: int, base_examples: int) -> np.ndarray:
     """score(q, adapter) of the module's docstring, in float64."""
     metric = snapshot.metric
     V, damping = metric.directions.astype(np.float64), metric.damping.astype(np.float64)
     M = np.eye(DIM) - V.T @ np.diag(damping) @ V
 
-    def nearest(rows: Floats) -> np.ndarray:
+    def nearest(rows: Floats, examples: int) -> np.ndarray:
+        rows = np.unique(rows, axis=0)
         q, c = queries.astype(np.float64) - metric.mean, rows.astype(np.float64) - metric.mean
-        lengths = np.sqrt(np.sum(q @ M * q, 1))[:, None] * np.sqrt(np.sum(c @ M * c, 1))
+        n, squares = examples / len(rows), np.sum(c @ M * c, 1)
+        lengths = np.sqrt(np.sum(q @ M * q, 1))[:, None] * np.sqrt(np.maximum((n * squares - 1) / (n - 1), squares / 2))
         return np.asarray((q @ M @ c.T / lengths).max(axis=1))
 
-    own = nearest(snapshot.rows[snapshot.slots[key]])
-    return own - nearest(snapshot.base_rows) / 2 if snapshot.knows_base else own
+    own = nearest(snapshot.rows[snapshot.slots[key]], examples)
+    return own - nearest(snapshot.base_rows, base_examples) / 2 if snapshot.knows_base else own
 
 
 @pytest.mark.parametrize("with_base", [False, True])
@@ -52,7 +54,8 @@ def test_scores_are_the_formula(with_base: bool) -> None:
     assert scores.shape == (5, 6)
     assert scores.dtype == np.float32
     for i, key in enumerate(snapshot.candidates):
-        np.testing.assert_allclose(scores[:, i], by_formula(snapshot, queries, key), atol=1e-4)
+        wanted = by_formula(snapshot, queries, key, len(prompts(0)), 2 * len(prompts(0)))
+        np.testing.assert_allclose(scores[:, i], wanted, atol=1e-4)
     assert (snapshot.base_likeness(queries) is not None) == with_base
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loramux.router.gallery.centroids import cluster_means, number_of_centroids, spherical_kmeans, unit_rows
 from loramux.router.gallery.conformal import OUTSIDER_COST, calibrate, examples_needed, threshold
-from loramux.router.gallery.crossfit import Shape, centroids, cosines, cross_scores
+from loramux.router.gallery.crossfit import Shape, centroid_lengths, centroids, cosines, cross_scores
 from loramux.router.gallery.metric import SHRINKAGE, fit_metric, plain_metric
 from loramux.router.gallery.sample import sampled
 from loramux.router.interface import Floats
@@ -80,9 +80,31 @@ def test_the_metric_is_plain_where_nothing_varies() -> None:
 
 def test_cosines_are_cosines() -> None:
     q, c = rows(3, 5, 1), rows(4, 5, 2)
-    np.testing.assert_allclose(cosines(plain_metric(5), q, c), q @ c.T, atol=1e-6)
+    np.testing.assert_allclose(cosines(plain_metric(5), q, c, np.ones(len(c), np.float32)), q @ c.T, atol=1e-6)
     metric = fit_metric([rows(6, 5, 3), rows(6, 5, 4)], 5)
-    np.testing.assert_allclose(np.diag(cosines(metric, q, q)), 1, atol=1e-5)
+    np.testing.assert_allclose(np.diag(cosines(metric, q, q, metric.norms(q))), 1, atol=1e-5)
+
+
+def test_centroids_of_few_examples_are_as_long_as_those_of_many() -> None:
+    metric, rng = plain_metric(32), np.random.default_rng(1)
+
+    def drawn(n: int) -> Floats:
+        return unit_rows((0.8 + rng.standard_normal((n, 32))).astype(np.float32))
+
+    true = float(np.linalg.norm(drawn(20_000).mean(axis=0)))
+    for n in (8, 16, 64):
+        means = np.stack([drawn(n).mean(axis=0) for _ in range(2000)])
+        found = centroid_lengths(metric, means, n)
+        assert found.dtype == np.float32
+        assert np.sqrt(np.mean(found**2)) == pytest.approx(true, rel=0.01)
+        assert np.sqrt(np.mean(metric.norms(means) ** 2)) > 1.005 * true
+
+
+def test_a_centroid_is_shortened_by_no_more_than_half_of_its_square_and_never_for_one_example() -> None:
+    c = 0.1 * rows(3, 5, 2)
+    np.testing.assert_allclose(centroid_lengths(plain_metric(5), c, 4), 0.1 / np.sqrt(2), rtol=1e-5)
+    each = np.asarray([1, 0.5, 1], np.float32)
+    np.testing.assert_allclose(centroid_lengths(plain_metric(5), c, each), 0.1, rtol=1e-5)
 
 
 def test_a_lone_centroid_points_along_the_mean_of_its_examples_directions() -> None:
