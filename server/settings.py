@@ -95,6 +95,15 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, gt=0, description="sequences that run at once")
     max_batched_tokens: int = Field(2048, gt=0, description="tokens of one step")
     max_queue: int = Field(1024, gt=0, description="requests that may wait; beyond it clients get 503")
+    max_queue_tokens: int = Field(
+        2_000_000, gt=0, description="tokens of prompts that may wait; beyond it clients get 503"
+    )
+    queue_timeout_seconds: float | None = Field(
+        600.0, gt=0, description="how long a request may wait for its first token; then it gets 503"
+    )
+    request_timeout_seconds: float | None = Field(
+        None, gt=0, description="how long an answer may take in all; then it is cut off with 504 (default: any time)"
+    )
     step_timeout_seconds: float = Field(
         120.0, ge=5, description="an engine that hangs in a step for so long is replaced (its first step: 5 times)"
     )
@@ -359,6 +368,7 @@ class Settings(BaseSettings):
             decode_workspace=self.decode_workspace,
             packed_projections=self.packed_projections,
             max_queue=self.max_queue,
+            max_queue_tokens=self.max_queue_tokens,
             threads=self.threads,
             log_level=self.log_level,
             log_format=self.log_format,

@@ -11,9 +11,11 @@ from starlette.exceptions import HTTPException
 from loramux.adapters_store.errors import AdapterError
 from loramux.server.engine.protocol import (
     AdapterLoadError,
+    DeadlineError,
     EngineDeadError,
     EngineError,
     QueueFullError,
+    QueueTimeoutError,
     RequestRefusedError,
 )
 
@@ -79,6 +81,15 @@ def internal_error() -> APIError:
 
 def from_engine(error: EngineError) -> APIError:
     """The engine's refusal or failure as an answer; its own words only where they are meant for clients."""
+    if isinstance(error, QueueTimeoutError):
+        return unavailable(
+            f"The server is overloaded: {error}. Try again later.", code="queue_timeout", retry_after=error.retry_after
+        )
+    if isinstance(error, DeadlineError):
+        return APIError(
+            504, f"The answer takes longer than this server allows: {error}. Ask for fewer tokens.", type=SERVER_ERROR,
+            code="deadline_exceeded", headers={"x-should-retry": "false"},
+        )  # fmt: skip
     if isinstance(error, QueueFullError):
         return unavailable("The server's queue is full.", code="queue_full", retry_after=error.retry_after)
     if isinstance(error, EngineDeadError):

@@ -128,7 +128,10 @@ def assemble(settings: Settings) -> Parts:
     except (AdapterError, StoreUnavailableError, sqlite3.Error, OSError) as error:
         raise ServeError(f"--store-dir {settings.store_dir}: {error}") from error
     engine = ProcessEngineClient(
-        settings.to_engine_config(str(path), str(store.blob_dir)), step_timeout_seconds=settings.step_timeout_seconds
+        settings.to_engine_config(str(path), str(store.blob_dir)),
+        step_timeout_seconds=settings.step_timeout_seconds,
+        queue_timeout_seconds=settings.queue_timeout_seconds,
+        request_timeout_seconds=settings.request_timeout_seconds,
     )
     try:
         state = ServerState.make(

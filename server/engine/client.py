@@ -15,6 +15,7 @@ from typing import Any
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.protocol import (
     AdapterLoadError,
+    DeadlineError,
     EngineDeadError,
     EngineError,
     EngineInfo,
@@ -23,6 +24,7 @@ from loramux.server.engine.protocol import (
     EngineState,
     EngineStats,
     QueueFullError,
+    QueueTimeoutError,
     RequestRefusedError,
     StepEvent,
 )
@@ -52,11 +54,37 @@ WATCHES_PER_TIMEOUT = 20
 
 @dataclass(slots=True)
 class _Stream:
-    """A request's outputs on their way to it, and what the first of them said for all."""
+    """A request's outputs on their way to it, and what the first of them said for all.
 
+    `waiting` are its prompt's tokens until its first output is there, then 0.
+    """
+
+    waiting: int
     queue: asyncio.Queue[EngineOutput | EngineError] = field(default_factory=asyncio.Queue)
     cached_tokens: int = 0
     scheduled_at: float | None = None
+
+
+class _Limits:
+    """How long one request may take, from now on: to its first output, and in all (seconds; None is any time)."""
+
+    def __init__(self, first: float | None, whole: float | None) -> None:
+        self._first, self._whole = first, whole
+        self._start = asyncio.get_running_loop().time()
+
+    async def next(self, stream: _Stream) -> EngineOutput | EngineError:
+        """The stream's next output. Raises `QueueTimeoutError` or `DeadlineError` if there is none in time."""
+        first = self._first if stream.waiting else None
+        seconds = min((limit for limit in (first, self._whole) if limit is not None), default=None)
+        if seconds is None or not stream.queue.empty():
+            return await stream.queue.get()
+        try:
+            async with asyncio.timeout_at(self._start + seconds):
+                return await stream.queue.get()
+        except TimeoutError:
+            if seconds == first:
+                raise QueueTimeoutError(f"no token after {seconds:g} s") from None
+            raise DeadlineError(f"not done after {seconds:g} s") from None
 
 
 class ProcessEngineClient:
@@ -69,11 +97,25 @@ class ProcessEngineClient:
     A ready engine reports several times a second while it works and every second while it is idle. One that is silent
     for `step_timeout_seconds` hangs in a step: it is killed, and what follows is the same. Until its first step is done
     it may take `FIRST_STEP_FACTOR` times as long, because kernels are compiled in it.
+
+    A request is refused while as many as the configuration says run or wait, and while others wait with so many tokens
+    that its own would go beyond the bound: a long prompt is let in when nothing else waits. One that has no output
+    after `queue_timeout_seconds`, or is not done after `request_timeout_seconds`, is given up (None: never).
     """
 
-    def __init__(self, config: EngineConfig, *, step_timeout_seconds: float = STEP_TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        step_timeout_seconds: float = STEP_TIMEOUT_SECONDS,
+        queue_timeout_seconds: float | None = None,
+        request_timeout_seconds: float | None = None,
+    ) -> None:
         self._config = config
         self._step_timeout = step_timeout_seconds
+        self._queue_timeout = queue_timeout_seconds
+        self._request_timeout = request_timeout_seconds
+        self._waiting_tokens = 0
         self._silent = 0.0
         self._has_stepped = False
         self._restarts = {"died": 0, "stuck": 0}
@@ -182,14 +224,23 @@ class ProcessEngineClient:
         bound = self.info.max_num_seqs + self._config.max_queue
         if len(self._streams) >= bound:
             raise QueueFullError(f"{len(self._streams)} requests are running or waiting, the bound is {bound}")
+        tokens = len(request.prompt_token_ids)
+        if self._waiting_tokens and self._waiting_tokens + tokens > self._config.max_queue_tokens:
+            raise QueueFullError(
+                f"prompts of {self._waiting_tokens} tokens wait, another {tokens} would go beyond the bound of "
+                f"{self._config.max_queue_tokens}"
+            )
         if request.request_id in self._streams:
             raise EngineError(f"request id {request.request_id} is in use", retryable=False)
-        stream = self._streams[request.request_id] = _Stream()
+        stream = self._streams[request.request_id] = _Stream(tokens)
+        self._waiting_tokens += tokens
+        limits = _Limits(self._queue_timeout, self._request_timeout)
         finished = False
         try:
             await end.send(Command.ADD, encode_request(request))
             while not finished:
-                item = await stream.queue.get()
+                item = await limits.next(stream)
+                self._has_begun(stream)
                 if isinstance(item, EngineError):
                     finished = True
                     raise item
@@ -197,9 +248,14 @@ class ProcessEngineClient:
                 yield item
         finally:
             self._streams.pop(request.request_id, None)
+            self._has_begun(stream)
             self._changed.set()
             if not finished and self._end is end:
                 await end.send(Command.ABORT, [request.request_id])
+
+    def _has_begun(self, stream: "_Stream") -> None:
+        self._waiting_tokens -= stream.waiting
+        stream.waiting = 0
 
     async def forget_adapter(self, digest: str) -> None:
         """See `EngineClient.forget_adapter`; nothing to do while there is no engine."""

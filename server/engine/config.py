@@ -43,6 +43,7 @@ class EngineConfig:
     packed_projections: bool = True
     decode_workspace: bool = True
     max_queue: int = 1024
+    max_queue_tokens: int = 2_000_000
     threads: int | None = None
     lora_implementation: Literal["torch", "triton"] | None = None
     lora_overlap: Literal["none", "stream", "launch"] = "none"
@@ -62,6 +63,7 @@ class EngineConfig:
         positive = (
             "max_num_seqs", "max_batched_tokens", "block_size", "device_adapter_bytes", "host_adapter_bytes",
             "max_adapters_per_set", "max_set_rank", "max_device_adapters", "max_queue",
+            "max_queue_tokens",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

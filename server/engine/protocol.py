@@ -14,6 +14,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 ErrorKind = Literal["adapter", "model", "request"]
 EngineState = Literal["starting", "ready", "draining", "dead"]
 
+OVERLOAD_RETRY_SECONDS = 10
+
 
 class EngineError(Exception):
     """The engine could not serve a request that was valid. `retryable` says whether the same request may succeed."""
@@ -33,6 +35,20 @@ class QueueFullError(EngineError):
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class QueueTimeoutError(QueueFullError):
+    """The request waited too long for its first token and was given up."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retry_after=OVERLOAD_RETRY_SECONDS)
+
+
+class DeadlineError(EngineError):
+    """The answer was not done in the time that a request may take."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=False)
 
 
 class AdapterLoadError(EngineError):
@@ -268,7 +284,8 @@ class EngineClient(Protocol):
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineOutput]:
         """Yields outputs until one has a `finish_reason`. Closing or cancelling the iterator aborts the request.
 
-        Raises `QueueFullError`, `EngineDeadError`, `AdapterLoadError`, `RequestRefusedError`.
+        Raises `QueueFullError`, `QueueTimeoutError`, `DeadlineError`, `EngineDeadError`, `AdapterLoadError`,
+        `RequestRefusedError`.
         """
 
     async def forget_adapter(self, digest: str) -> None:

@@ -6,10 +6,12 @@ from api.harness import BASE, Bench, sse
 from loramux import __version__
 from loramux.server.engine.protocol import (
     AdapterLoadError,
+    DeadlineError,
     EngineDeadError,
     EngineError,
     EngineOutput,
     QueueFullError,
+    QueueTimeoutError,
 )
 
 pytestmark = pytest.mark.anyio
@@ -48,6 +50,8 @@ async def test_while_the_engine_does_not_serve(bench: Bench, state: str) -> None
 
 FAILURES = [
     (QueueFullError("full", retry_after=3), 503, "queue_full", "true"),
+    (QueueTimeoutError("no token after 5 s"), 503, "queue_timeout", "true"),
+    (DeadlineError("not done after 5 s"), 504, "deadline_exceeded", "false"),
     (EngineDeadError("pid 123 died"), 503, "engine_dead", "true"),
     (AdapterLoadError("larger than the whole budget"), 503, "adapter_not_loadable", "false"),
     (EngineError("a passing thing"), 503, "engine_error", "true"),

@@ -15,11 +15,13 @@ from loramux.server.engine.client import ProcessEngineClient
 from loramux.server.engine.config import EngineConfig
 from loramux.server.engine.protocol import (
     AdapterLoadError,
+    DeadlineError,
     EngineDeadError,
     EngineError,
     EngineOutput,
     EngineRequest,
     QueueFullError,
+    QueueTimeoutError,
 )
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -40,12 +42,16 @@ def config(model_dir: Path, **overrides: Any) -> EngineConfig:
 
 
 def with_client(
-    engine: EngineConfig, body: Callable[[ProcessEngineClient], Coroutine[Any, Any, None]], *, ready: bool = True
+    engine: EngineConfig,
+    body: Callable[[ProcessEngineClient], Coroutine[Any, Any, None]],
+    *,
+    ready: bool = True,
+    **timeouts: float,
 ) -> None:
     """Runs `body` with a started client and ends the engine whatever happens."""
 
     async def run() -> None:
-        client = ProcessEngineClient(engine)
+        client = ProcessEngineClient(engine, **timeouts)
         try:
             await client.start()
             if ready:
@@ -157,6 +163,59 @@ def test_the_queue_has_a_bound(model_dir: Path) -> None:
         assert (await collect(client, request("now", PROMPT, 2)))[-1].finish_reason is not None
 
     with_client(config(model_dir, max_num_seqs=2, max_queue=1), body)
+
+
+def test_the_queue_has_a_bound_of_tokens(model_dir: Path) -> None:
+    async def body(client: ProcessEngineClient) -> None:
+        pid = client.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            long = list(range(5, 25))
+            first = asyncio.create_task(collect(client, request("alone, however long", long, 2)))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError, match="20 tokens wait"):
+                await collect(client, request("too much", PROMPT, 2))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert (await first)[-1].finish_reason is not None
+        both = await asyncio.gather(*(collect(client, request(name, PROMPT, 2)) for name in "ab"))
+        assert all(outputs[-1].finish_reason is not None for outputs in both)
+
+    with_client(config(model_dir, max_queue_tokens=12), body)
+
+
+def test_a_request_waits_no_longer_than_it_may(model_dir: Path) -> None:
+    async def body(client: ProcessEngineClient) -> None:
+        pid = client.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(QueueTimeoutError, match=r"0\.5 s") as caught:
+                await collect(client, request("waits", PROMPT, 2))
+            assert caught.value.retry_after > 1
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: client.stats.running == client.stats.waiting == 0)
+
+    with_client(config(model_dir), body, queue_timeout_seconds=0.5)
+
+
+def test_an_answer_takes_no_longer_than_it_may(model_dir: Path) -> None:
+    async def body(client: ProcessEngineClient) -> None:
+        pid = client.pid
+        assert pid is not None
+        stream = client.generate(request("long", PROMPT, 200, ignore_eos=True))
+        await anext(stream)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(DeadlineError):
+                await _rest(stream)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: client.stats.running == client.stats.waiting == 0)
+
+    with_client(config(model_dir), body, request_timeout_seconds=5.0)
 
 
 def test_stop_drains_running_requests(model_dir: Path) -> None:
