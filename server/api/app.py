@@ -37,7 +37,10 @@ WORK_THREADS = 4
 """Threads for long texts and bodies. Each one that computes takes turns with the event loop, so they are few."""
 UPLOAD_PATH = "/v1/adapters"
 CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-CORS_EXPOSED = ("x-request-id", "x-loramux-adapters", "x-loramux-router-rung", "retry-after", "x-should-retry")
+CORS_EXPOSED = (
+    "x-request-id", "x-loramux-adapters", "x-loramux-router", "x-loramux-router-rung", "retry-after", "x-should-retry",
+    "x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens",
+)  # fmt: skip
 CORS_SECONDS = 600
 
 
@@ -102,7 +105,14 @@ def create_app(state: ServerState, telemetry: Telemetry | None = None) -> FastAP
     # the last one added is the outermost
     app.add_middleware(AuthMiddleware, keys=state.keys, metrics_open=state.settings.metrics_open)
     app.add_middleware(BodyMiddleware, limit_of=limit_of, pause_seconds=state.settings.body_timeout_seconds)
-    if state.settings.cors_origin:  # before the keys: a browser asks for permission without one
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=state.metrics,
+        telemetry=telemetry,
+        max_header_bytes=int(state.settings.max_header_bytes),
+        root_path=state.settings.root_path,
+    )
+    if state.settings.cors_origin:  # a browser asks for permission without a key, and reads no answer without
         app.add_middleware(
             CORSMiddleware,
             allow_origins=state.settings.cors_origin,
@@ -111,11 +121,4 @@ def create_app(state: ServerState, telemetry: Telemetry | None = None) -> FastAP
             expose_headers=CORS_EXPOSED,
             max_age=CORS_SECONDS,
         )
-    app.add_middleware(
-        RequestMiddleware,
-        metrics=state.metrics,
-        telemetry=telemetry,
-        max_header_bytes=int(state.settings.max_header_bytes),
-        root_path=state.settings.root_path,
-    )
     return app

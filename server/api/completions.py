@@ -51,10 +51,7 @@ async def create_completion(request: Request, body: CompletionRequest, state: St
         selection = await resources.enter_async_context(select(state, body.model, body.adapters, query))
         copies, keep = _copies(state, body)
         constraint = await checked_constraint(state, body, caller.tenant)
-        prompts = [
-            await prompt_tokens(state, prompt, add_special_tokens=body.add_special_tokens is not False)
-            for prompt in body.prompt
-        ]
+        prompts = await prompt_tokens(state, body.prompt, add_special_tokens=body.add_special_tokens is not False)
         sampling = [
             sampling_params(
                 state, body, len(prompt), wanted=body.max_tokens, default=DEFAULT_MAX_TOKENS, constraint=constraint
@@ -93,22 +90,27 @@ def _text(state: ServerState, prompt: Prompt) -> str:
 
 
 async def prompt_tokens(
-    state: ServerState, prompt: Prompt, *, add_special_tokens: bool = True, field_name: str = "prompt"
-) -> list[int]:
-    """The prompt as token ids. Raises a 400 for one without any, for a text that has more than fit into the context,
-    and for ids that the model does not have."""
-    if isinstance(prompt, str):
-        most = state.require_engine().max_model_len
-        try:
-            token_ids = await state.renderer.text_tokens(prompt, add_special_tokens=add_special_tokens, most=most)
-        except PromptTooLongError as error:
-            raise too_long(error.tokens, most, field_name) from None
-    else:
-        token_ids = prompt
-        check_token_ids(token_ids, state.vocab_size, field_name)
-    if not token_ids:
-        raise bad_request("The text is empty: it has no tokens.", field_name, "invalid_value")
-    return token_ids
+    state: ServerState, prompts: Sequence[Prompt], *, add_special_tokens: bool = True, field_name: str = "prompt"
+) -> list[list[int]]:
+    """Prompts as token ids. Raises a 400 for one without any, for a text that has more than fit into the context, and
+    for ids that the model does not have."""
+    most = state.require_engine().max_model_len
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    try:
+        encoded = iter(await state.renderer.text_tokens(texts, add_special_tokens=add_special_tokens, most=most))
+    except PromptTooLongError as error:
+        raise too_long(error.tokens, most, field_name) from None
+    found = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            token_ids = next(encoded)
+        else:
+            check_token_ids(prompt, state.vocab_size, field_name)
+            token_ids = prompt
+        if not token_ids:
+            raise bad_request("The text is empty: it has no tokens.", field_name, "invalid_value")
+        found.append(token_ids)
+    return found
 
 
 class TextAnswer(Answer):

@@ -50,7 +50,7 @@ async def create_embeddings(request: Request, body: EmbeddingRequest, state: Sta
                 "dimensions", "unsupported_parameter",
             )  # fmt: skip
         special = body.add_special_tokens is not False
-        prompts = [await prompt_tokens(state, p, add_special_tokens=special, field_name="input") for p in body.input]
+        prompts = await prompt_tokens(state, body.input, add_special_tokens=special, field_name="input")
         longest = max(len(prompt) for prompt in prompts)
         if longest > info.max_model_len:
             raise too_long(longest, info.max_model_len, "input")

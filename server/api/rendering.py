@@ -198,11 +198,13 @@ class Renderer:
 
         Raises `PromptTooLongError` for more than `most`: nothing else runs while a list of millions is made.
         """
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        if most is not None and len(encoding) > most:
-            raise PromptTooLongError(len(encoding))
-        ids: list[int] = encoding.ids
-        return ids
+        return self._encode_all([text], add_special_tokens, most)[0]
+
+    def _encode_all(self, texts: Sequence[str], add_special_tokens: bool, most: int | None) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        if most is not None and (longest := max(map(len, encodings), default=0)) > most:
+            raise PromptTooLongError(longest)
+        return [encoding.ids for encoding in encodings]
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Runs work on texts and tokens in a thread of the renderer's."""
@@ -217,15 +219,15 @@ class Renderer:
         token_ids = self.encode(text, add_special_tokens=options.add_special_tokens, most=most)
         return Prompt(token_ids, self.format.begun(text) if self.format else "")
 
-    async def text_tokens(self, text: str, *, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
-        """The prompt of a text completion; a long one is encoded in a thread. Raises as `encode` does."""
+    async def text_tokens(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True, most: int | None = None
+    ) -> list[list[int]]:
+        """The token ids of each text; where they are long together, made in a thread. Raises as `encode` does."""
 
-        def encode() -> list[int]:
-            return self.encode(text, add_special_tokens=add_special_tokens, most=most)
+        def encode() -> list[list[int]]:
+            return self._encode_all(texts, add_special_tokens, most)
 
-        if len(text) <= INLINE_CHARS:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+        return encode() if sum(map(len, texts)) <= INLINE_CHARS else await self.in_thread(encode)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a prompt's tokens."""

@@ -36,7 +36,9 @@ async def tokenize(body: TokenizeRequest, state: State, caller: From) -> Respons
     with state.gate.admit(caller):
         await _check_model(state, body.model, caller)
         if body.prompt is not None:
-            ids = await state.renderer.text_tokens(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+            (ids,) = await state.renderer.text_tokens(
+                [body.prompt], add_special_tokens=body.add_special_tokens is not False
+            )
         else:
             tools = [tool.for_template() for tool in body.tools or ()] or None
             options = replace(body.template_options, tools=tools)

@@ -102,6 +102,14 @@ async def test_messages_become_a_prompt(bench: Bench) -> None:
     assert list(bench.engine.requests[0].prompt_token_ids) == expected
 
 
+async def test_a_refusal_is_replayed_as_what_was_said(bench: Bench) -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": "no"}]
+    assert (await bench.chat(messages=[*said, {"role": "user", "content": "b"}])).status_code == 200
+    assert bytes(i for i in bench.engine.requests[0].prompt_token_ids if i < 256) == b"anob"
+    error = (await bench.chat(messages=[{"role": "user", "content": "a", "refusal": "no"}])).json()["error"]
+    assert error["param"] == "messages[0]"
+
+
 async def test_long_conversations_are_rendered_too(make) -> None:
     bench = await make()
     bench.engine.info_value = bench.engine.info.__class__(

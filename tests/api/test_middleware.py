@@ -194,6 +194,9 @@ async def test_origins_that_are_named_may_call(make) -> None:
     assert answer.status_code == 401  # the browser shows the error to its page, as it must
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
     assert "x-request-id" in answer.headers["access-control-expose-headers"]
+    large = await bench.client.get("/v1/models", headers={**ORIGIN, **{f"x-{i}": "a" for i in range(MAX_HEADERS + 1)}})
+    assert large.status_code == 431
+    assert large.headers["access-control-allow-origin"] == "https://app.example"
     stranger = await bench.client.options("/v1/chat/completions", headers={**preflight, "origin": "https://c.example"})
     assert stranger.status_code == 400
     assert "access-control-allow-origin" not in stranger.headers

@@ -52,7 +52,7 @@ async def test_no_more_tokens_than_asked_for(tmp_path: Path) -> None:
         renderer.prompt(MESSAGES, most=5)
     for length in (5, INLINE_CHARS + 1):
         with pytest.raises(PromptTooLongError):
-            await renderer.text_tokens("x" * length, most=4)
+            await renderer.text_tokens(["x", "x" * length], most=4)
 
 
 def test_template_file_replaces_the_models_own(tmp_path: Path) -> None:

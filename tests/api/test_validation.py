@@ -160,6 +160,19 @@ async def test_text_that_is_not_unicode(bench: Bench, text: str) -> None:
         assert error_of(response)["param"] == "prompt"
 
 
+@pytest.mark.parametrize(
+    "field",
+    ['"user": "\\ud800"', '"prompt_cache_key": "\\ud800"', '"safety_identifier": "\\ud800"',
+     '"metadata": {"a": "\\ud800"}', '"metadata": {"\\ud800": "a"}', '"instructions": "\\ud800"'],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", ["true", "false"])
+async def test_fields_of_responses_that_are_not_unicode(bench: Bench, field: str, stream: str) -> None:
+    body = f'{{"model": "{BASE}", "input": "hi", "stream": {stream}, {field}}}'
+    headers = {"content-type": "application/json"}
+    error_of(await bench.client.post("/v1/responses", content=body, headers=headers))
+    assert not bench.engine.requests
+
+
 async def test_a_body_of_another_type(bench: Bench) -> None:
     error = error_of(await bench.client.post("/v1/chat/completions", data={"model": BASE}))
     assert "application/json" in error["message"]

@@ -160,6 +160,10 @@ CASES: dict[str, Work] = {
         c, "/v1/completions", 200, model=BASE, prompt=["hello"] * 64, max_tokens=200, ignore_eos=True,
         stop=[("a" * 480 + chr(97 + i) * 32)[:512] for i in range(16)],
     ),
+    "many embeddings": lambda c: post(c, "/v1/embeddings", 400, model=BASE, input=["a" * 1900] * 2000 + [""]),
+    "many prompts": lambda c: post(
+        c, "/v1/completions", 400, model=BASE, prompt=["a" * 8000] * 127 + ["b"], max_tokens=2
+    ),
     "embeddings": lambda c: post(c, "/v1/embeddings", 200, model=BASE, input=[WORDS] * 500),
     "a million ids": lambda c: post(c, "/v1/completions", 400, model=BASE, prompt=[5] * 1_000_000),
     "deep nesting": lambda c: raw(c, "/v1/chat/completions", 400, b"[" * 4_000_000),

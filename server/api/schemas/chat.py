@@ -195,7 +195,8 @@ def check_chosen(chosen: str | None, names: list[str]) -> None:
 
 
 class Message(RequestModel):
-    """One turn. Some fields that clients replay from an earlier answer are accepted while they are empty."""
+    """One turn. Of what clients replay from an earlier answer, a refusal is what was said instead of content, and
+    annotations are about the text and no part of the prompt."""
 
     role: Annotated[Literal["developer", "system", "user", "assistant", "tool"], BeforeValidator(_known_role)]
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
@@ -204,7 +205,7 @@ class Message(RequestModel):
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
-    refusal: str | None = None
+    refusal: Text | None = None
     annotations: Annotated[list[Any], Field(max_length=MAX_PARTS)] | None = None
     audio: Annotated[Any, neutral()] = None
     function_call: Annotated[Any, neutral()] = None
@@ -216,15 +217,15 @@ class Message(RequestModel):
             raise ValueError("needs `tool_call_id`, the id of the call that it answers")
         if self.role != "tool" and self.tool_call_id is not None:
             raise ValueError("has a `tool_call_id`, which only messages of the role tool have")
-        if self.role != "assistant" and (self.tool_calls or self.reasoning_content or self.reasoning):
-            raise ValueError("has tool_calls or reasoning, which only messages of the role assistant have")
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content or self.reasoning or self.refusal):
+            raise ValueError("has tool_calls, reasoning or a refusal, which only messages of the role assistant have")
         return self
 
     def text(self) -> str:
         """The content as one string; several parts are joined by newlines."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content or self.refusal or ""
 
     def for_template(self) -> dict[str, Any]:
         """What the chat template sees; `developer` is the newer word for `system`. Parts stay parts.

@@ -132,7 +132,7 @@ class StreamOptions(RequestModel):
 
     include_usage: Flag
     continuous_usage_stats: Flag
-    include_obfuscation: Flag
+    include_obfuscation: Annotated[Any, neutral(False)] = None
 
 
 class AdapterWeight(RequestModel):

@@ -266,8 +266,8 @@ class ResponsesRequest(RequestModel):
 
     user: Text | None = None
     service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
     prompt_cache_retention: str | None = None
     parallel_tool_calls: Flag
     truncation: Annotated[Any, neutral("disabled")] = None
