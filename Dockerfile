@@ -51,6 +51,6 @@ VOLUME ["/var/lib/loramux", "/models"]
 EXPOSE 8000
 # alive, as an orchestrator's liveness probe; /ready says whether the model is loaded
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['LORAMUX_PORT'] + '/health', timeout=4)"]
+    CMD ["python", "-c", "import os, ssl, urllib.request as r; s = 's' * bool(os.environ.get('LORAMUX_SSL_CERTFILE')); r.urlopen(f'http{s}://127.0.0.1:' + os.environ['LORAMUX_PORT'] + '/health', timeout=4, context=ssl._create_unverified_context() if s else None)"]
 ENTRYPOINT ["loramux"]
 CMD ["serve"]

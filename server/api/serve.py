@@ -241,7 +241,8 @@ def make_telemetry(settings: Settings) -> Telemetry | None:
     if settings.otlp_endpoint is None:
         return None
     try:
-        return Telemetry.to(settings.otlp_endpoint, service="loramux")
+        most = settings.metrics_max_adapters + len(settings.base_names)
+        return Telemetry.to(settings.otlp_endpoint, service="loramux", max_models=most)
     except TelemetryUnavailableError as error:
         raise ServeError(str(error)) from None
 

@@ -26,6 +26,8 @@ OPERATIONS: Mapping[str, str] = {
     "/v1/responses": "chat",
     "/v1/embeddings": "embeddings",
 }
+OTHER = "other"
+_MODELS = frozenset({"gen_ai.request.model", "gen_ai.response.model"})
 # the boundaries that the conventions ask for, in seconds
 _DURATION = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -118,9 +120,15 @@ def _error_of(record: RequestRecord, status: int) -> str | None:
 
 
 class Telemetry:
-    """The tracer and the instruments of one server."""
+    """The tracer and the instruments of one server.
 
-    def __init__(self, traces: "TracerProvider", metrics: "MeterProvider") -> None:
+    Spans name models as they were asked for. Metrics name the first `max_models` of them, without their versions: all
+    others share `other`, since a collector keeps a series for every name that it has ever seen.
+    """
+
+    def __init__(self, traces: "TracerProvider", metrics: "MeterProvider", *, max_models: int) -> None:
+        self._max_models = max_models
+        self._named: set[str] = set()
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._traces, self._metrics = traces, metrics
@@ -138,7 +146,7 @@ class Telemetry:
         self._tpot = histogram("gen_ai.server.time_per_output_token", "Per token after the first.", _TPOT)
 
     @classmethod
-    def to(cls, endpoint: str, *, service: str) -> "Telemetry":
+    def to(cls, endpoint: str, *, service: str, max_models: int) -> "Telemetry":
         """Sends to an OTLP/HTTP collector: `endpoint` is its base URL, as `http://collector:4318`.
 
         The SDK's own variables are honoured besides (OTEL_EXPORTER_OTLP_HEADERS, OTEL_TRACES_SAMPLER, ...). Raises
@@ -166,7 +174,8 @@ class Telemetry:
             OTLPMetricExporter(endpoint=f"{base}/v1/metrics", timeout=EXPORT_SECONDS),
             export_interval_millis=METRICS_SECONDS * 1000,
         )
-        return cls(traces, MeterProvider([reader], resource=resource, shutdown_on_exit=False))
+        provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
+        return cls(traces, provider, max_models=max_models)
 
     def start(self, headers: Iterable[tuple[bytes, bytes]], arrived: float) -> RequestSpan:
         """The span of a request that arrived at `arrived` (`time.monotonic`); it continues the client's `traceparent`,
@@ -184,6 +193,7 @@ class Telemetry:
 
     def measure(self, record: RequestRecord, seconds: float, attributes: Mapping[str, Any]) -> None:
         """Adds a generation to the metrics."""
+        attributes = {k: self._label(v) if k in _MODELS else v for k, v in attributes.items()}
         self._duration.record(seconds, attributes)
         if "error.type" in attributes:
             return
@@ -191,6 +201,13 @@ class Telemetry:
             self._ttft.record(record.first_token - record.arrived, attributes)
         for mean in record.token_seconds:
             self._tpot.record(mean, attributes)
+
+    def _label(self, model: str) -> str:
+        name = model.split("@", 1)[0]
+        if name not in self._named and len(self._named) >= self._max_models:
+            return OTHER
+        self._named.add(name)
+        return name
 
     def shutdown(self) -> None:
         """Sends what is left and ends the SDK's threads. Blocks, for a few seconds if the collector does not answer."""

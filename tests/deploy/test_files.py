@@ -173,12 +173,12 @@ async def test_the_image_runs_as_nobody_special_and_tells_its_health(served: Ben
     assert all(volume in made for volume in volumes), "a volume takes its owner from the folder in the image"
 
 
-def test_the_health_check_runs() -> None:
+@pytest.mark.parametrize("tls", [{}, {"LORAMUX_SSL_CERTFILE": "/tls/chain.pem"}])
+def test_the_health_check_runs(tls: dict[str, str]) -> None:
     check = next(rest for word, rest in stages()["final"] if word == "HEALTHCHECK").split("CMD", 1)[1]
     _, flag, program = json.loads(check)
-    done = subprocess.run(
-        [sys.executable, flag, program], env={"LORAMUX_PORT": "1"}, capture_output=True, text=True, check=False
-    )
+    environment = {"LORAMUX_PORT": "1", **tls}
+    done = subprocess.run([sys.executable, flag, program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Connection refused" in done.stderr
 

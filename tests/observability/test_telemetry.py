@@ -18,7 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from loramux import __version__
 from loramux.adapters_store.names import LOCAL_TENANT
 from loramux.server.engine.protocol import EngineDeadError, EngineOutput, QueueFullError
-from loramux.server.observability.telemetry import Telemetry
+from loramux.server.observability.telemetry import OTHER, Telemetry
 
 pytestmark = pytest.mark.anyio
 
@@ -94,7 +94,7 @@ def traced(tmp_path: Path, collector: Collector) -> Callable[..., Any]:
 
     @asynccontextmanager
     async def build() -> Any:
-        telemetry = Telemetry.to(collector.url, service="loramux")
+        telemetry = Telemetry.to(collector.url, service="loramux", max_models=8)
         async with AsyncExitStack() as stack:
             yield await stack.enter_async_context(in_process(make_bench(tmp_path, telemetry=telemetry)))
 
@@ -190,8 +190,20 @@ async def test_metrics(traced: Any, collector: Collector) -> None:
     assert found["gen_ai.server.request.duration"].histogram.data_points[0].explicit_bounds[:2] == [0.01, 0.02]
 
 
+async def test_metrics_name_a_bounded_number_of_models(traced: Any, collector: Collector) -> None:
+    async with traced() as bench:
+        for number in range(10):
+            await bench.upload(f"skill{number}")
+            await bench.chat(model=f"skill{number}@1")
+    points = collector.metrics()["gen_ai.server.request.duration"].histogram.data_points
+    assert {attributes(point)["gen_ai.request.model"] for point in points} == {*(f"skill{n}" for n in range(8)), OTHER}
+    assert sum(point.count for point in points) == 10
+    asked = {attributes(span).get("gen_ai.request.model") for span in collector.spans()}
+    assert asked >= {f"skill{number}@1" for number in range(10)}
+
+
 async def test_a_collector_that_is_down_harms_no_request(bench: Bench, tmp_path: Path) -> None:
-    telemetry = Telemetry.to("http://127.0.0.1:9", service="loramux")
+    telemetry = Telemetry.to("http://127.0.0.1:9", service="loramux", max_models=8)
     async with in_process(make_bench(tmp_path / "other", telemetry=telemetry)) as traced:
         assert (await traced.chat()).status_code == 200
 
@@ -215,7 +227,7 @@ def test_without_the_packages_the_option_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_version_is_sent(collector: Collector) -> None:
-    telemetry = Telemetry.to(collector.url + "/", service="loramux")
+    telemetry = Telemetry.to(collector.url + "/", service="loramux", max_models=8)
     telemetry.start([], 0.0)._span.end()
     telemetry.shutdown()
     (body,) = [body for path, body in collector.bodies if path == "/v1/traces"]
