@@ -31,15 +31,13 @@ from loramux.router.gallery.crossfit import (
     evidence,
 )
 from loramux.router.gallery.metric import Metric, fit_metric, plain_metric
-from loramux.router.gallery.sample import MAX_BASE_EXAMPLES, sampled
+from loramux.router.gallery.sample import MAX_BASE_EXAMPLES, Fitted, Sample
 from loramux.router.gallery.state import GalleryState
 from loramux.router.interface import BASE, Floats
 
 Kind = Literal["examples", "description"]
 
 DESCRIPTION_DISCOUNT = 0.05  # off the score of an adapter known by its description alone
-_ALWAYS_REFIT = 256  # up to so many sampled examples every change refits (some 50 ms)
-_REFIT_SHARE = 0.25  # beyond, only once so large a share of the sample is new
 _GATHER_SHARE = 8  # with fewer than 1/8 of the slots asked for, their rows are gathered first
 _LEAST_SLOTS = 64  # by which the matrix grows at least
 _BLOCK = 4096  # slots whose lengths are computed at once
@@ -152,9 +150,10 @@ class Gallery:
     should leave changes to a worker thread; readers never wait.
 
     `alpha` is the share of belonging prompts that the calibrated threshold may turn away; it needs 1 / alpha - 1
-    examples over all adapters that have two or more (19 at the default). Adapters get up to `max_centroids`, one per
-    four examples. The base's own queries go in under the key `BASE`: they make the score two-sided and are never a
-    candidate, and with enough of them the threshold is two-sided (see `conformal`).
+    examples over all adapters that have two or more (19 at the default). Centroids are made of all of an adapter's
+    examples, metric and threshold of a bounded number over all adapters (see `sample`). Adapters get up to
+    `max_centroids`, one per four examples. The base's own queries go in under the key `BASE`: they make the score
+    two-sided and are never a candidate, and with enough of them the threshold is two-sided (see `conformal`).
     """
 
     def __init__(self, dim: int, *, alpha: float = 0.05, max_centroids: int = 3, max_base_centroids: int = 16) -> None:
@@ -165,8 +164,7 @@ class Gallery:
         self._lock = threading.Lock()
         self._epoch = 0
         self._alive: weakref.WeakSet[GallerySnapshot] = weakref.WeakSet()
-        self._groups: dict[str, Floats] = {}  # the sample that is fitted on
-        self._fitted: dict[str, Floats] = {}  # the sample that was
+        self._sample = Sample({}, Fitted(0, {}))
         self._base = np.zeros((0, dim), np.float32)
         self._matrix = _Matrix(
             np.zeros((0, max_centroids, dim), np.float32),
@@ -202,11 +200,7 @@ class Gallery:
             base = new.pop(BASE, None)
             if base is not None:
                 self._base = base.rows[:MAX_BASE_EXAMPLES]
-            for key, entry in new.items():
-                self._groups.pop(key, None)
-                if entry.kind == "examples":
-                    self._groups[key] = entry.rows
-            self._groups = sampled(self._groups)
+            self._sample.change({key: entry.rows for key, entry in new.items() if entry.kind == "examples"}, new)
             self._change(new, (), base_changed=base is not None)
 
     def remove(self, *keys: str) -> None:
@@ -214,8 +208,7 @@ class Gallery:
         with self._lock:
             if BASE in keys:
                 self._base = self._base[:0]
-            for key in keys:
-                self._groups.pop(key, None)
+            self._sample.change({}, keys)
             self._change({}, keys, base_changed=BASE in keys)
 
     def state(self) -> GalleryState:
@@ -230,7 +223,8 @@ class Gallery:
                 discount=now.discount[order],
                 metric=now.metric,
                 base=self._base,
-                groups=dict(self._groups),
+                kept=self._sample.kept,
+                fitted=self._sample.fitted,
                 calibration=now.calibration,
             )
 
@@ -245,7 +239,7 @@ class Gallery:
             max_base_centroids=shape.most_base,
         )
         gallery._base = state.base
-        gallery._groups, gallery._fitted = dict(state.groups), dict(state.groups)
+        gallery._sample = Sample(state.kept, state.fitted)
         n = len(state.keys)
         unmeasured = np.zeros(state.rows.shape[:2], np.float32)
         gallery._matrix = _Matrix(state.rows.copy(), unmeasured, state.discount.copy(), state.examples.copy(), n)
@@ -274,25 +268,19 @@ class Gallery:
         self._matrix.reclaim(min(s.epoch for s in list(self._alive)))
         for key in gone:
             self._retire(slots, key)
-        if not base_changed and not self._is_stale():
+        if not base_changed and not self._sample.is_stale():
             self._write(slots, new, now.metric)
             self._publish(slots, now.metric, now.base_rows, now.calibration)
             return
-        groups = list(self._groups.values())
+        groups = self._sample.groups()
         metric = fit_metric(groups, self.dim)
-        self._write(slots, {**{k: _Entry(g, "examples") for k, g in self._groups.items()}, **new}, metric)
+        whole = {k: _Entry(share.rows, "examples") for k, share in self._sample.kept.items() if share.whole}
+        self._write(slots, {**whole, **new}, metric)
         self._measure(metric)
         found = cross_scores(groups, self._base, self._shape)
-        self._fitted = dict(self._groups)
+        self._sample.use()
         base_rows = base_centroids(self._base, metric, self._shape)
         self._publish(slots, metric, base_rows, calibrate(self._alpha, found.own, found.base, found.outsiders))
-
-    def _is_stale(self) -> bool:
-        """Whether the sample has changed, and is small or has changed much."""
-        size, before = (sum(map(len, groups.values())) for groups in (self._groups, self._fitted))
-        same = sum(len(g) for key, g in self._groups.items() if self._fitted.get(key) is g)
-        changed = max(size, before) - same
-        return changed > 0 and (size <= _ALWAYS_REFIT or changed >= _REFIT_SHARE * max(size, before))
 
     def _write(self, slots: dict[str, int], entries: Mapping[str, _Entry], metric: Metric) -> None:
         """Puts each candidate's centroids into a slot of its own; unused places repeat the first."""

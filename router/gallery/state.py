@@ -10,6 +10,7 @@ import numpy.typing as npt
 from loramux.router.gallery.conformal import Calibration, calibrate
 from loramux.router.gallery.crossfit import Shape
 from loramux.router.gallery.metric import Metric
+from loramux.router.gallery.sample import Fitted, Share
 from loramux.router.interface import Floats
 
 VERSION = 3
@@ -20,7 +21,8 @@ class GalleryState:
     """Everything a gallery knows: candidates' centroids in the order of `keys`, what was fitted, and on what.
 
     `rows` float32 [candidates, centroids, dim], `examples` float32 [candidates] the number of rows to a centroid,
-    `discount` float32 [candidates], `base` float32 [n, dim] the base's examples, `groups` the sample that is fitted on.
+    `discount` float32 [candidates], `base` float32 [n, dim] the base's examples, `kept` what is kept of the adapters',
+    `fitted` what metric and calibration were made on.
     """
 
     shape: Shape
@@ -30,7 +32,8 @@ class GalleryState:
     discount: Floats
     metric: Metric
     base: Floats
-    groups: Mapping[str, Floats]
+    kept: Mapping[str, Share]
+    fitted: Fitted
     calibration: Calibration
 
     def pack(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -44,7 +47,7 @@ class GalleryState:
             "metric.directions": self.metric.directions,
             "metric.damping": self.metric.damping,
             "base": self.base,
-            "sample": np.concatenate([empty, *self.groups.values()]),
+            "sample": np.concatenate([empty, *(share.rows for share in self.kept.values())]),
             "calibration.held_out": self.calibration.held_out,
             "calibration.negatives": self.calibration.negatives,
             "calibration.outsiders": self.calibration.outsiders,
@@ -56,7 +59,8 @@ class GalleryState:
             "max_base_centroids": self.shape.most_base,
             "alpha": self.calibration.alpha,
             "keys": list(self.keys),
-            "sample": [[key, len(rows)] for key, rows in self.groups.items()],
+            "sample": [[key, len(share.rows), share.of] for key, share in self.kept.items()],
+            "fitted": {"size": self.fitted.size, "shares": dict(self.fitted.shares)},
         }
         return arrays, info
 
@@ -68,10 +72,14 @@ class GalleryState:
         try:
             shape = Shape(int(info["dim"]), int(info["max_centroids"]), int(info["max_base_centroids"]))
             keys = tuple(str(key) for key in info["keys"])
-            sizes = {str(key): int(size) for key, size in info["sample"]}
+            sizes = {str(key): (int(size), int(of)) for key, size, of in info["sample"]}
+            fitted = info["fitted"]
+            fitted = Fitted(int(fitted["size"]), {str(key): int(k) for key, k in fitted["shares"].items()})
             alpha = float(info["alpha"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError("the gallery's state has damaged values") from error
+        if any(not 1 <= size <= of for size, of in sizes.values()):
+            raise ValueError("the gallery's state has damaged values")
         n, k, dim = len(keys), len(arrays.get("metric.damping", ())), shape.dim
         free = (None,)
         expected: dict[str, tuple[int | None, ...]] = {
@@ -82,7 +90,7 @@ class GalleryState:
             "metric.directions": (k, dim),
             "metric.damping": (k,),
             "base": (None, dim),
-            "sample": (sum(sizes.values()), dim),
+            "sample": (sum(size for size, _ in sizes.values()), dim),
             "calibration.held_out": free,
             "calibration.negatives": free,
             "calibration.outsiders": free,
@@ -92,8 +100,9 @@ class GalleryState:
             fits = found is not None and found.dtype == np.float32 and len(found.shape) == len(wanted)
             if not fits or any(w not in (None, f) for w, f in zip(wanted, arrays[name].shape, strict=True)):
                 raise ValueError(f"the gallery's state has no float32 array {name!r} of the right shape")
-        ends = np.cumsum(list(sizes.values()))
+        ends = np.cumsum([size for size, _ in sizes.values()])
         parts = np.split(arrays["sample"], ends[:-1]) if sizes else []
+        kept = {key: Share(rows.copy(), of) for (key, (_, of)), rows in zip(sizes.items(), parts, strict=True)}
         return cls(
             shape,
             keys,
@@ -102,6 +111,7 @@ class GalleryState:
             arrays["discount"],
             Metric(arrays["metric.mean"], arrays["metric.directions"], arrays["metric.damping"]),
             arrays["base"],
-            dict(zip(sizes, parts, strict=True)),
+            kept,
+            fitted,
             calibrate(alpha, *(arrays[f"calibration.{part}"] for part in ("held_out", "negatives", "outsiders"))),
         )

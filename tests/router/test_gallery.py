@@ -9,7 +9,10 @@ import pytest
 
 from loramux.router.gallery import Gallery, GallerySnapshot, GalleryState
 from loramux.router.gallery.centroids import unit_rows
+from loramux.router.gallery.crossfit import Shape, centroids, cross_scores
 from loramux.router.gallery.gallery import DESCRIPTION_DISCOUNT
+from loramux.router.gallery.metric import fit_metric
+from loramux.router.gallery.sample import LEAST, MAX_FITTED
 from loramux.router.interface import BASE, Floats
 
 DIM = 16
@@ -216,19 +219,100 @@ def test_readers_meet_whole_states_while_the_gallery_changes() -> None:
     assert not failures
 
 
-@pytest.mark.parametrize("keys", [0, 6, 40])
+def test_eight_adapters_of_64_are_fitted_on_whole() -> None:
+    gallery = Gallery(DIM)
+    every = {f"a{i}": prompts(i, 64) for i in range(8)}
+    for key, rows in every.items():
+        gallery.put(key, rows)
+    gallery.put(BASE, prompts(70, 20))
+    kept = gallery.state().kept
+    for key, rows in every.items():
+        np.testing.assert_array_equal(kept[key].rows, unit_rows(rows))
+    groups = [share.rows for share in kept.values()]
+    metric, found = fit_metric(groups, DIM), cross_scores(groups, unit_rows(prompts(70, 20)), Shape(DIM, 3, 16))
+    snapshot = gallery.snapshot()
+    np.testing.assert_array_equal(snapshot.metric.directions, metric.directions)
+    np.testing.assert_array_equal(snapshot.calibration.held_out, found.own)
+    assert len(found.own) == 512
+
+
+def test_what_is_removed_is_made_up_for_by_adapters_that_are_there() -> None:
+    gallery = Gallery(DIM)
+    gallery.put_many([(f"a{i}", prompts(i, 16), "examples") for i in range(300)])
+    for left in range(300, 20, -40):
+        now = gallery.snapshot()
+        assert len(now.candidates) == left
+        assert now.calibration.threshold is not None
+        assert len(now.calibration.held_out) == min(16 * left, MAX_FITTED)
+        assert len(now.metric.directions)
+        gallery.remove(*list(gallery.state().kept)[:40])  # all that was fitted on, and more
+
+
+def test_a_pair_with_many_examples_counts_no_more_than_others() -> None:
+    """The pair's names come first, and its examples have nothing in common."""
+    names = list(filled(102).state().kept)
+    rest = [(key, prompts(i), "examples") for i, key in enumerate(names[2:])]
+    noise = unit_rows(np.random.default_rng(0).standard_normal((512, DIM)).astype(np.float32))
+    pair = [(key, rows, "examples") for key, rows in zip(names[:2], np.split(noise, 2), strict=True)]
+    without, with_it = Gallery(DIM), Gallery(DIM)
+    without.put_many(rest)  # type: ignore[arg-type]
+    with_it.put_many([*pair, *rest])  # type: ignore[arg-type]
+    one, other = without.snapshot(), with_it.snapshot()
+    assert other.calibration.threshold == pytest.approx(one.calibration.threshold, abs=0.1)
+    assert with_it.state().fitted.shares == {**dict.fromkeys(names[:2], LEAST), **dict.fromkeys(names[2:62], 8)}
+
+
+def test_centroids_are_of_all_examples_whatever_the_fit_is_made_on() -> None:
+    gallery = Gallery(DIM)
+    every = {f"a{i}": prompts(i, 16) for i in range(60)}
+    gallery.put_many([(key, rows, "examples") for key, rows in list(every.items())[:20]])
+    gallery.put_many([(key, rows, "examples") for key, rows in every.items()])
+    snapshot = gallery.snapshot()
+    assert sum(gallery.state().fitted.shares.values()) == 512
+    for key, rows in every.items():
+        expected = centroids(unit_rows(rows), snapshot.metric, 3)
+        np.testing.assert_allclose(snapshot.rows[snapshot.slots[key]][: len(expected)], expected, atol=1e-5)
+    gallery.put_many([(f"b{i}", prompts(100 + i, 200), "examples") for i in range(40)])
+    gallery.put(BASE, prompts(70))  # fits anew
+    state = gallery.state()
+    assert not any(share.whole for key, share in state.kept.items() if key.startswith("b"))
+    for key, examples, rows in zip(state.keys, state.examples, state.rows, strict=True):
+        assert examples * len(np.unique(rows, axis=0)) == pytest.approx(16 if key in every else 200)
+
+
+def test_a_start_forgets_nothing_of_what_has_changed_since_the_fit() -> None:
+    gallery = filled(60)
+    fitted = gallery.snapshot().metric
+    for stored in range(4):
+        gallery.put_many([(f"a{i}", prompts(500 + i), "examples") for i in range(4 * stored, 4 * stored + 4)])
+        gallery = Gallery.from_state(restored(gallery))
+        same = np.array_equal(gallery.snapshot().metric.mean, fitted.mean)
+        assert same == (stored < 3)  # 16 of 60 are a quarter
+
+
+def restored(gallery: Gallery) -> GalleryState:
+    """A gallery's state as it comes back from a file."""
+    arrays, info = gallery.state().pack()
+    return GalleryState.unpack(arrays, json.loads(json.dumps(info)))
+
+
+@pytest.mark.parametrize("keys", [0, 6, 40, 1100])
 def test_a_stored_gallery_scores_and_goes_on_as_before(keys: int) -> None:
     gallery = filled(keys, alpha=0.1, max_centroids=2)
     gallery.put("described", prompts(90, 1), "description")
     gallery.remove("a1")
     if keys:
         gallery.put(BASE, prompts(80, 20))
-    arrays, info = gallery.state().pack()
-    restored = Gallery.from_state(GalleryState.unpack(arrays, json.loads(json.dumps(info))))
+    again = Gallery.from_state(restored(gallery))
     for change in (lambda g: None, lambda g: g.put("new", prompts(91)), lambda g: g.remove("a2")):
         change(gallery)
-        change(restored)
-        before, after, queries = gallery.snapshot(), restored.snapshot(), prompts(3, 5)
+        change(again)
+        before, after, queries = gallery.snapshot(), again.snapshot(), prompts(3, 5)
+        assert again.state().fitted == gallery.state().fitted
+        kept = gallery.state().kept
+        for key, share in again.state().kept.items():
+            assert share.of == kept[key].of
+            np.testing.assert_array_equal(share.rows, kept[key].rows)
         assert set(after.candidates) == set(before.candidates)
         np.testing.assert_allclose(after.score(queries, before.candidates), before.score(queries), rtol=1e-4, atol=1e-4)
         assert after.calibration.describe() == before.calibration.describe()
@@ -238,8 +322,9 @@ def test_a_damaged_state_is_refused() -> None:
     arrays, info = filled(3).state().pack()
     with pytest.raises(ValueError, match="version 7"):
         GalleryState.unpack(arrays, {**info, "version": 7})
-    with pytest.raises(ValueError, match="damaged values"):
-        GalleryState.unpack(arrays, {**info, "sample": 3})
+    for damage in ({"sample": 3}, {"sample": [["a0", 8]]}, {"sample": [["a0", 8, 7]]}, {"fitted": 3}, {"fitted": {}}):
+        with pytest.raises(ValueError, match="damaged values"):
+            GalleryState.unpack(arrays, {**info, **damage})
     for name in arrays:
         with pytest.raises(ValueError, match="no float32 array"):
             GalleryState.unpack({k: a for k, a in arrays.items() if k != name}, info)

@@ -1,6 +1,7 @@
 """The gallery's parts: clustering, the metric, conformal thresholds, the sample."""
 
 import math
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from loramux.router.gallery.centroids import cluster_means, number_of_centroids,
 from loramux.router.gallery.conformal import OUTSIDER_COST, calibrate, examples_needed, threshold
 from loramux.router.gallery.crossfit import Shape, centroid_lengths, centroids, cosines, cross_scores
 from loramux.router.gallery.metric import SHRINKAGE, fit_metric, plain_metric
-from loramux.router.gallery.sample import sampled
+from loramux.router.gallery.sample import LEAST, MAX_FITTED, MAX_KEPT, Fitted, Sample, Share, sampled, spread
 from loramux.router.interface import Floats
 
 NONE = np.zeros(0, np.float32)
@@ -212,11 +213,98 @@ def test_adapters_of_one_example_give_no_held_out_score() -> None:
     assert [len(none.own), len(none.outsiders), len(none.base)] == [0, 0, 0]
 
 
-def test_the_sample_does_not_depend_on_the_order() -> None:
-    groups = {str(i): rows(10, 4, i) for i in range(30)}
-    at_once = sampled(groups, 105)
-    kept: dict[str, Floats] = {}
-    for key in reversed(groups):
-        kept = sampled({**kept, key: groups[key]}, 105)
-    assert sum(map(len, at_once.values())) == 105
-    assert {k: len(g) for k, g in at_once.items()} == {k: len(g) for k, g in kept.items()}
+def shares(sizes: dict[str, int]) -> dict[str, Share]:
+    """Share i's example j is the row (i, j)."""
+    return {
+        key: Share(np.stack([np.full(n, i), np.arange(n)], axis=1).astype(np.float32), n)
+        for i, (key, n) in enumerate(sizes.items())
+    }
+
+
+def sizes(kept: dict[str, Share]) -> dict[str, int]:
+    return {key: len(share.rows) for key, share in kept.items()}
+
+
+def as_lists(kept: dict[str, Share]) -> dict[str, list[list[float]]]:
+    return {key: share.rows.tolist() for key, share in kept.items()}
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 150), st.integers(0, 40), st.randoms())
+def test_the_sample_does_not_depend_on_the_order(counts: list[int], most: int, more: int, random: Random) -> None:
+    every = shares({str(i): n for i, n in enumerate(counts)})
+    at_once = sampled(every, most)
+    assert sum(sizes(at_once).values()) == min(most, sum(counts))
+    kept: dict[str, Share] = {}
+    order = list(every)
+    random.shuffle(order)
+    for key in order:
+        kept = sampled({**kept, key: every[key]}, most + more)
+    assert as_lists(sampled(kept, most)) == as_lists(at_once)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 150))
+def test_no_adapter_loses_examples_to_one_that_has_more(counts: list[int], most: int) -> None:
+    every = shares({str(i): n for i, n in enumerate(counts)})
+    kept = {**dict.fromkeys(every, 0), **sizes(sampled(every, most))}
+    if any(kept[key] < min(LEAST, len(share.rows)) for key, share in every.items()):
+        assert max(kept.values()) <= LEAST
+        return
+    cut = [kept[key] for key, share in every.items() if kept[key] < len(share.rows)]
+    assert all(k >= max(kept.values()) - 1 for k in cut)
+
+
+def test_what_fits_stays_whole_and_as_it_was() -> None:
+    every = shares({str(i): 64 for i in range(8)})
+    kept = sampled(every, 512)
+    assert {key: share is every[key] for key, share in kept.items()} == dict.fromkeys(every, True)
+
+
+@pytest.mark.parametrize("n", [7, 64, 100, 256])
+def test_few_examples_are_as_varied_as_all(n: int) -> None:
+    assert sorted(spread(n)) == list(range(n))
+    whole = shares({"a": n})["a"]
+    for k in range(2, n):
+        found = whole.first(k).rows[:, 1]
+        assert len(found) == k
+        assert not whole.first(k).whole
+        gaps = np.diff([0.0, *found, n])
+        assert (gaps[1:] > 0).all()  # in the order that they had
+        assert gaps.max() <= 3 * n / k
+        np.testing.assert_array_equal(whole.first(min(k + 5, n)).first(k).rows, whole.first(k).rows)
+    for period in range(2, 9):
+        found = whole.first(4 * period).rows[:, 1].astype(int)
+        assert len(set(found % period)) == min(period, n)
+
+
+def test_what_is_kept_is_bounded_and_refills() -> None:
+    sample = Sample({}, Fitted(0, {}))
+    for i in range(0, 1000, 50):
+        sample.change({str(j): rows(20, 4, j) for j in range(i, i + 50)}, ())
+        assert sum(len(share.rows) for share in sample.kept.values()) <= MAX_KEPT
+        assert all(share.rows.base is None for share in sample.kept.values())  # no larger array is held by a part of it
+    assert [len(found) for found in sample.groups()] == [LEAST] * (MAX_FITTED // LEAST)
+    assert len(sample.kept) == MAX_KEPT // LEAST
+    for _ in range(5):
+        sample.use()
+        first = list(sample.kept)[: MAX_FITTED // LEAST]
+        sample.change({}, first)
+        assert not sample.kept.keys() & set(first)
+        assert sample.is_stale()
+        assert sum(map(len, sample.groups())) == MAX_FITTED
+
+
+def test_only_what_is_new_makes_a_sample_stale() -> None:
+    every = {str(i): rows(64, 4, i) for i in range(8)}
+    sample = Sample({}, Fitted(0, {}))
+    sample.change(every, ())
+    assert sample.is_stale()
+    sample.use()
+    sample.change({"0": rows(64, 4, 100)}, ())
+    assert not sample.is_stale()  # an eighth is
+    sample.change({}, ("0",))
+    sample.change({"0": rows(64, 4, 101), "7": rows(64, 4, 102)}, ())
+    assert sample.is_stale()
+    sample.use()
+    sample.change({"8": rows(64, 4, 8)}, ())  # takes a ninth from the others
+    assert not sample.is_stale()
+    assert sample.fitted == Fitted(512, dict.fromkeys(every, 64))
