@@ -104,12 +104,14 @@ class ScoreTable:
     def chosen(self, predicted: Floats) -> Doubles:
         """Each row's score of the candidate predicted best among those whose score is known: float64 [n].
 
-        NaN for rows that know fewer than two candidates: they cannot tell a good choice from a bad one.
+        NaN for rows that know fewer than two candidates, which cannot tell a good choice from a bad one, and where
+        none of those known has a finite prediction.
         """
         known = ~np.isnan(self.scores)
         best = np.where(known, predicted, -np.inf).argmax(1)
         values = self.scores[np.arange(len(best)), best]
-        return np.where(known.sum(1) >= 2, values, np.nan)
+        chose = (known & np.isfinite(predicted)).any(1)
+        return np.where(chose & (known.sum(1) >= 2), values, np.nan)
 
     def mean(self, values: Doubles) -> float:
         """The mean over groups of the mean over their rows, NaN left out; NaN when nothing is left."""
