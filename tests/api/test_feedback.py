@@ -1,0 +1,93 @@
+"""Feedback: whose opinion of what is taken, and the requests that it names."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api.harness import BASE, Bench, in_process, make_bench
+from api.test_routing import TALK, ready
+from api.test_tenants import As
+
+from loramux.router.interface import BASE as BASE_KEY
+from loramux.router.scores.dataset import ScoredQuery
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def shared(tmp_path: Path) -> AsyncIterator[tuple[Bench, As, As]]:
+    """Two tenants; what the first has is public."""
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await ready(bench)
+        acme, other = As(bench, "acme"), As(bench, "other")
+        assert (await acme.upload("open", 1, visibility="public")).status_code == 201
+        yield bench, acme, other
+
+
+async def say(tenant: As, **body: Any) -> tuple[int, Any]:
+    response = await tenant.ask("POST", "/v1/feedback", json={"score": 1, **body})
+    return response.status_code, response.json()
+
+
+def kept(bench: Bench) -> list[ScoredQuery]:
+    assert bench.state.router is not None
+    return bench.state.router.scores._ledger.rows(["acme/open", BASE_KEY])
+
+
+async def test_users_steer_their_own_adapters_only(shared: tuple[Bench, As, As]) -> None:
+    bench, acme, other = shared
+    for tenant, name in ((other, "acme/open"), (other, BASE), (other, "base"), (acme, BASE)):
+        status, body = await say(tenant, input="a text", adapter=name)
+        assert (status, body["error"]["param"], body["error"]["code"]) == (403, "adapter", "insufficient_permissions")
+        assert "`request_id`" in body["error"]["message"]
+    assert kept(bench) == []
+    assert (await say(acme, input="a text", adapter="open"))[0] == 200
+    assert (await say(As(bench, "other", "admin"), input="another", adapter="acme/open"))[1]["adapter"] == "acme/open"
+    assert kept(bench) == [ScoredQuery("a text", {"acme/open": 1.0}), ScoredQuery("another", {"acme/open": 1.0})]
+
+
+async def test_users_score_what_they_were_served(shared: tuple[Bench, As, As]) -> None:
+    bench, acme, other = shared
+    by_adapter = (await other.chat("acme/open")).json()["id"]
+    by_base = (await other.chat()).json()["id"]
+    assert (await say(other, request_id=by_adapter, adapter=BASE))[0] == 403
+    assert (await say(other, request_id=by_base, adapter="acme/open"))[0] == 403
+    assert (await say(acme, request_id=by_adapter))[0] == 404
+    assert kept(bench) == []
+    assert (await say(other, request_id=by_adapter, adapter="acme/open"))[0] == 200
+    assert (await say(other, request_id=by_base, adapter="base"))[1]["adapter"] == BASE
+    assert kept(bench) == [ScoredQuery("hi", {BASE_KEY: 1.0, "acme/open": 1.0})]
+
+
+async def test_feedback_counts_as_a_request(shared: tuple[Bench, As, As]) -> None:
+    bench, acme, _ = shared
+    bench.state.tenants.set_limits("acme", {"requests": 1})
+    gate, caller = bench.state.gate, bench.state.keys.caller(acme.secret.encode())
+    assert caller is not None
+    with gate.admit(caller):
+        status, body = await say(acme, input="a text", adapter="open")
+    assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert (await say(acme, input="a text", adapter="open"))[0] == 200
+    assert gate.of("acme").sequences == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "asked"}]}),
+        ("/v1/completions", {"prompt": "asked"}),
+        ("/v1/responses", {"input": "asked", "store": False}),
+    ],
+)
+@pytest.mark.parametrize("given", [None, "cmpl-7", "resp_chatcmpl-8"])
+async def test_every_id_that_an_answer_shows_names_its_request(
+    shared: tuple[Bench, As, As], path: str, body: Any, given: str | None
+) -> None:
+    bench, acme, _ = shared
+    headers = {} if given is None else {"x-request-id": given}
+    answer = await acme.ask("POST", path, json={"model": BASE, **body}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    for id in (answer.json()["id"], answer.headers["x-request-id"]):
+        assert (await say(acme, request_id=id, score=0.5))[0] == 200, id
+    assert kept(bench) == [ScoredQuery("asked", {BASE_KEY: 0.5})]
