@@ -1,6 +1,7 @@
 """`/v1/route`, `/v1/feedback` and `/v1/router`: what `auto` would choose, what it knows, and how it learns."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from loramux.router.scores.dataset import DatasetError, ScoredQuery
 from loramux.server.api.auto.ledger import LedgerError
 from loramux.server.api.auto.recent import Served
 from loramux.server.api.auto.reports import options_of, refused, report_of
-from loramux.server.api.auto.scoring import BASE_WORD, as_routed
+from loramux.server.api.auto.scoring import BASE_WORD, AdapterGoneError, as_routed
 from loramux.server.api.auto.service import RouterService
 from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.caller import Caller, From
@@ -92,7 +93,7 @@ async def feedback(body: FeedbackRequest, state: State, caller: From) -> Respons
         raise bad_request("Send either `request_id` or `input`.", "input" if body.request_id else "request_id")
     with state.gate.admit(caller):
         found = None if body.request_id is None else _recall(service, caller, body.request_id)
-        text = found.text if found is not None else body.input or ""
+        text, since = (found.text, found.at) if found is not None else (body.input or "", time.monotonic())
         if body.adapter is not None:
             key = await _key_of(state, body.adapter, caller.tenant)
             _check_may_score(caller, key, found, body.adapter)
@@ -104,8 +105,14 @@ async def feedback(body: FeedbackRequest, state: State, caller: From) -> Respons
             row = as_routed(ScoredQuery(text, {key: body.score}, body.group or ""), ())
         except DatasetError as error:
             raise bad_request(f"{error}.", "input", "invalid_value") from None
-        learnt = await _keep(service, [row])
-    name = address_of(key, caller.tenant) if key else state.settings.base_name
+        name = address_of(key, caller.tenant) if key else state.settings.base_name
+        try:
+            learnt = await _keep(service, [row], since)
+        except AdapterGoneError:
+            raise APIError(
+                404, f"The adapter {name!r} that this is of was deleted; score an answer of one that there is.",
+                param="adapter" if found is None else "request_id", code="model_not_found",
+            ) from None  # fmt: skip
     taken = FeedbackTaken(object="feedback", adapter=name, score=body.score, learnt=learnt)
     return Response(taken.json_text(), media_type=JSON)
 
@@ -138,10 +145,10 @@ async def train(body: TrainRequest, state: State) -> Response:
     return Response(answer.json_text(), status_code=202, media_type=JSON)
 
 
-async def _keep(service: RouterService, rows: Sequence[ScoredQuery]) -> bool:
-    """Adds to the scores; whether they count already. Raises a 503 when the disk refuses."""
+async def _keep(service: RouterService, rows: Sequence[ScoredQuery], since: float | None = None) -> bool:
+    """`ScoresRung.add`. Raises a 503 when the disk refuses."""
     try:
-        return await service.scores.add(rows)
+        return await service.scores.add(rows, since)
     except LedgerError as error:
         raise unavailable(f"The {error}.", code="scores_not_kept", retry_after=RETRY_SECONDS) from error
 

@@ -2,15 +2,19 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from api.harness import BASE, Bench, in_process, make_bench
-from api.test_routing import TALK, ready
+from api.test_routing import SPELL, TALK, ready, route, teach
+from api.test_routing_scores import learn_opposite
 from api.test_tenants import As
 
 from loramux.router.interface import BASE as BASE_KEY
 from loramux.router.scores.dataset import ScoredQuery
+from loramux.server.api.auto import recent, scoring
+from loramux.server.api.auto.recent import RecentDeletions
 
 pytestmark = pytest.mark.anyio
 
@@ -91,3 +95,51 @@ async def test_every_id_that_an_answer_shows_names_its_request(
     for id in (answer.json()["id"], answer.headers["x-request-id"]):
         assert (await say(acme, request_id=id, score=0.5))[0] == 200, id
     assert kept(bench) == [ScoredQuery("asked", {BASE_KEY: 0.5})]
+
+
+async def test_an_answer_of_a_deleted_adapter_scores_nobody(shared: tuple[Bench, As, As]) -> None:
+    """Neither while there is none of that name, nor the next one that has it."""
+    bench, acme, _ = shared
+    id = (await acme.chat("open")).json()["id"]
+    assert (await acme.ask("DELETE", "/v1/adapters/open")).status_code == 200
+    for _ in range(2):
+        status, body = await say(acme, request_id=id)
+        assert (status, body["error"]["param"], body["error"]["code"]) == (404, "request_id", "model_not_found")
+        assert (await acme.upload("open", 2)).status_code in (200, 201)
+    assert kept(bench) == []
+    assert (await say(acme, request_id=(await acme.chat("open")).json()["id"]))[0] == 200
+
+
+async def test_what_is_deleted_while_its_scores_are_embedded_stays_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = scoring._embedded
+
+    async def meanwhile(*args: Any) -> Any:
+        rows = await embedded(*args)
+        assert (await bench.client.delete("/v1/adapters/spell")).status_code == 200
+        return rows
+
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, "_embedded", meanwhile)
+            feedback = {"input": "Spell it", "adapter": "spell", "score": 1}
+            assert (await bench.client.post("/v1/feedback", json=feedback)).json()["learnt"] is False
+        await teach(bench, "spell", SPELL, 3)
+        (decision,) = await route(bench, policy="scores", threshold=-10)
+        assert [score["name"] for score in decision["scores"]] == ["sum"]
+
+
+def test_recent_deletions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(1, 10))
+    monkeypatch.setattr(recent, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    deletions = RecentDeletions(max_names=2)
+    for key in ("a", "b", "a"):
+        deletions.add(key)
+    assert [deletions.since("a", at) for at in (2, 3, 4)] == [True, True, False]
+    assert not deletions.since("never", 0)
+    deletions.add("c")
+    assert [deletions.since("b", at) for at in (2, 3)] == [True, False]
+    assert deletions.since("never", 1), "it may have been one of those no longer known"
+    assert not deletions.since(BASE_KEY, 0)

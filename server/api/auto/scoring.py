@@ -11,6 +11,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from loramux.router.scores.ensemble import can_grow, growing
 from loramux.server.api.auto.embedders import TEXTS_AT_ONCE, Embedder
 from loramux.server.api.auto.ending import end
 from loramux.server.api.auto.ledger import LedgerError, ScoreLedger
+from loramux.server.api.auto.recent import RecentDeletions
 from loramux.server.api.auto.training import TrainingError, TrainingProcess
 from loramux.server.api.errors import APIError
 from loramux.server.engine.protocol import EngineError
@@ -44,6 +46,10 @@ LEDGER = "scores.sqlite3"
 SCORERS = "scorers"
 BASE_WORD = "base"  # stands for the base in what clients send, unless an adapter has that name
 QUERY_CHARS = 8192  # of longer queries the end is looked at
+
+
+class AdapterGoneError(LookupError):
+    """Scores of an adapter that was deleted meanwhile."""
 
 
 def as_routed(row: ScoredQuery, base_words: Collection[str]) -> ScoredQuery:
@@ -103,6 +109,7 @@ class ScoresRung:
         self._artifact: artifacts.Artifact | None = None
         self._scorer: Scorer | None = None  # the artefact's, grown and without whoever was deleted; the writer's
         self._grown = 0
+        self._deletions = RecentDeletions()  # the writer's
 
     async def load(self, embedder: Embedder) -> None:
         """Uses the latest saved scorer, if there is one and it fits the encoder; says in the report why it does not."""
@@ -142,13 +149,26 @@ class ScoresRung:
         """The scores since the latest training, of candidates that the scorer may take in."""
         return self._ledger.rows(self._ledger.fresh_candidates(), fresh=True)
 
-    async def add(self, rows: Sequence[ScoredQuery]) -> bool:
-        """Keeps scores, durable on return, and says whether they count already. Raises `LedgerError`."""
-        await self._in_writer(partial(self._ledger.add, rows))
+    async def add(self, rows: Sequence[ScoredQuery], since: float | None = None) -> bool:
+        """Keeps scores, durable on return, and says whether they count already. Raises `LedgerError`.
+
+        With `since` (`time.monotonic`) they are of the adapters that there were at that moment: raises
+        `AdapterGoneError`, and keeps none, where one was deleted from then on.
+        """
+        await self._in_writer(partial(self._record, rows, since))
         task = asyncio.create_task(self._learn(rows))
         self._behind.add(task)
         task.add_done_callback(self._behind.discard)
         return await asyncio.shield(task) if len(rows) <= GROW_AT_ONCE else False
+
+    def _record(self, rows: Sequence[ScoredQuery], since: float | None) -> None:
+        if since is not None and self._deleted(rows, since):
+            raise AdapterGoneError
+        self._ledger.add(rows)
+
+    def _deleted(self, rows: Sequence[ScoredQuery], since: float) -> set[str]:
+        """Whose scores these are that was deleted since; in the writer's thread."""
+        return {name for row in rows for name in row.scores if self._deletions.since(name, since)}
 
     async def _learn(self, rows: Sequence[ScoredQuery]) -> bool:
         async with self._changing:
@@ -158,12 +178,13 @@ class ScoresRung:
         """Takes scores into the scorer; whether all of them count. A failure costs the growth, not the scorer."""
         if self._scorer is None or not can_grow(self._scorer) or not rows:
             return False
+        begun = time.monotonic()
         rows, complete = await self._in_writer(partial(self._countable, rows))
         if not rows:
             return False
         try:
             embeddings = await _embedded(embedder, [row.query for row in rows])
-            await self._in_writer(partial(self._take_in, rows, embeddings, embedder.name))
+            complete &= await self._in_writer(partial(self._take_in, rows, embeddings, embedder.name, begun))
         except (EngineError, ValueError, APIError) as error:
             logger.warning("scores do not count before the next training or start: %s", error)
             return False
@@ -187,20 +208,27 @@ class ScoresRung:
             found += fresh if len(fresh) >= MIN_NEW else []
         return found, complete
 
-    def _take_in(self, rows: Sequence[ScoredQuery], embeddings: Floats, encoder: str) -> None:
-        """The scorer grows; in the writer's thread, so that nobody is deleted meanwhile."""
-        if self._scorer is None:
-            return
-        table = build_table(rows, embeddings)
+    def _take_in(self, rows: Sequence[ScoredQuery], embeddings: Floats, encoder: str, begun: float) -> bool:
+        """The scorer grows, but for whoever was deleted since `begun`; whether that is nobody.
+
+        In the writer's thread, so that nobody is deleted meanwhile.
+        """
+        gone = self._deleted(rows, begun)
+        left = sorted({name for row in rows for name in row.scores} - gone)
+        if self._scorer is None or not left:
+            return False
+        table = build_table(rows, embeddings, left)
         self._scorer = growing(self._scorer).update(table.embeddings, table.scores, table.candidates)
         self._grown += len(table.scores)
         self._policy.use_scorer(self._scorer, encoder)
+        return not gone
 
     def forget(self, name: str) -> None:
         """An adapter was deleted: its scores go, and no scorer trained so far knows whoever takes its name.
 
         To be called in the writer's thread: it blocks. The policy has to be told as well.
         """
+        self._deletions.add(name)
         self._scorer = _removed(self._scorer, [name])
         latest = max(artifacts.versions(self._scorers), default=0)
         try:
