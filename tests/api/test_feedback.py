@@ -131,6 +131,34 @@ async def test_what_is_deleted_while_its_scores_are_embedded_stays_out(
         assert [score["name"] for score in decision["scores"]] == ["sum"]
 
 
+async def test_what_there_is_no_room_for_is_kept_for_the_next_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scorer(bench: Bench) -> Any:
+        return (await bench.client.get("/v1/router")).json()["rungs"]["scores"]["scorer"]
+
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        state = await scorer(bench)
+        assert (state["chosen"], state["rows"]) == ("knn", 16)
+        dim = (await bench.client.get("/v1/router")).json()["encoder"]["dim"]
+        monkeypatch.setattr("loramux.router.scores.knn.MAX_BYTES", (16 + 3) * (4 * dim + 3 * 8))
+
+        async def learnt(number: int) -> bool:
+            feedback = {"input": f"Spell {number}", "adapter": "spell", "score": 1}
+            return bool((await bench.client.post("/v1/feedback", json=feedback)).json()["learnt"])
+
+        assert [await learnt(number) for number in range(5)] == [True, True, True, False, False]
+        assert await learnt(0), "a repeated score takes no room"
+        assert (await scorer(bench))["rows_since_training"] == 4
+        assert bench.state.router is not None
+        fresh = bench.state.router.scores._ledger.rows(["spell"], fresh=True)
+        assert [row.query for row in fresh] == [f"Spell {number}" for number in range(5)]
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await ready(bench)
+        assert (await scorer(bench))["rows_since_training"] == 2, "the half of them that there is room for"
+
+
 def test_recent_deletions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(1, 10))
     monkeypatch.setattr(recent, "time", SimpleNamespace(monotonic=lambda: float(next(now))))

@@ -4,12 +4,14 @@
   folder; the server uses the latest within `WATCH_SECONDS`, whoever made it.
 - Scores that arrive in between are taken in at once by a scorer that can grow (ridge regression, nearest neighbours,
   ensembles of these): a candidate that it knows gets one more row, a new one becomes a candidate with its `MIN_NEW`-th.
-  Repeated opinions of one query are one row each until the next training, which takes their mean.
+  Of repeated opinions of one query the last counts until the next training or start, which take their mean.
+- A scorer grows within `router.scores.budget`; what goes beyond it is kept for the next training.
 - What cannot grow (RouterDC's head) waits for a training, and so does everything before the first: cross-validation has
   to name a scorer once.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,9 +24,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from loramux.router import artifacts
-from loramux.router.interface import BASE, Floats, Scorer
+from loramux.router.interface import BASE, Floats, GrowingScorer, Scorer
 from loramux.router.policy import RouterPolicy
-from loramux.router.scores.dataset import ScoredQuery, build_table
+from loramux.router.scores.budget import NoRoomError
+from loramux.router.scores.dataset import ScoredQuery, ScoreTable, build_table
 from loramux.router.scores.ensemble import can_grow, growing
 from loramux.server.api.auto.embedders import TEXTS_AT_ONCE, Embedder
 from loramux.server.api.auto.ending import end
@@ -86,6 +89,24 @@ def _removed(scorer: Scorer | None, gone: Collection[str]) -> Scorer | None:
     return growing(scorer).without(list(gone)) if can_grow(scorer) else Restricted.without(scorer, gone)
 
 
+def _grown(scorer: GrowingScorer, table: ScoreTable) -> tuple[GrowingScorer, int]:
+    """The scorer with the table's first rows, and how many: all, half of them, a quarter ..., as there is room.
+
+    Candidates that it does not know need `MIN_NEW` rows among these.
+    """
+    known = set(scorer.candidates)
+    count = len(table.scores)
+    while count:
+        part = table.rows(np.arange(count))
+        scored = (~np.isnan(part.scores)).sum(0)
+        part = part.columns([c for c, n in zip(part.candidates, scored, strict=True) if n >= MIN_NEW or c in known])
+        part = part.rows((~np.isnan(part.scores)).any(1))
+        with contextlib.suppress(NoRoomError):
+            return scorer.update(part.embeddings, part.scores, part.candidates), count
+        count //= 2
+    return scorer, 0
+
+
 class ScoresRung:
     """What is known of adapters by scores. Public methods run on the event loop; `writer` is the thread that they use.
 
@@ -109,6 +130,7 @@ class ScoresRung:
         self._artifact: artifacts.Artifact | None = None
         self._scorer: Scorer | None = None  # the artefact's, grown and without whoever was deleted; the writer's
         self._grown = 0
+        self._full = False  # whether the log says that there is no room to grow
         self._deletions = RecentDeletions()  # the writer's
 
     async def load(self, embedder: Embedder) -> None:
@@ -141,7 +163,7 @@ class ScoresRung:
     def _use(self, version: int, embedder: Embedder) -> None:
         artifact = artifacts.load(self._scorers, version)
         artifact.check_encoder(embedder.name, embedder.dim)
-        self._artifact, self._grown = artifact, 0
+        self._artifact, self._grown, self._full = artifact, 0, False
         self._scorer = _removed(artifact.scorer, self._ledger.retired(version))
         self._policy.use_scorer(self._scorer, embedder.name)
 
@@ -209,7 +231,7 @@ class ScoresRung:
         return found, complete
 
     def _take_in(self, rows: Sequence[ScoredQuery], embeddings: Floats, encoder: str, begun: float) -> bool:
-        """The scorer grows, but for whoever was deleted since `begun`; whether that is nobody.
+        """The scorer grows, but for whoever was deleted since `begun`, and as there is room; whether that is all.
 
         In the writer's thread, so that nobody is deleted meanwhile.
         """
@@ -218,10 +240,13 @@ class ScoresRung:
         if self._scorer is None or not left:
             return False
         table = build_table(rows, embeddings, left)
-        self._scorer = growing(self._scorer).update(table.embeddings, table.scores, table.candidates)
-        self._grown += len(table.scores)
+        self._scorer, count = _grown(growing(self._scorer), table)
+        self._grown += count
         self._policy.use_scorer(self._scorer, encoder)
-        return not gone
+        if count < len(table.scores) and not self._full:
+            logger.warning("the scorer has grown to its bound; scores beyond it count from the next training on")
+            self._full = True
+        return not gone and count == len(table.scores)
 
     def forget(self, name: str) -> None:
         """An adapter was deleted: its scores go, and no scorer trained so far knows whoever takes its name.
