@@ -1,5 +1,6 @@
 """Feedback: whose opinion of what is taken, and the requests that it names."""
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ from api.test_tenants import As
 from loramux.router.interface import BASE as BASE_KEY
 from loramux.router.scores.dataset import ScoredQuery
 from loramux.server.api.auto import recent, scoring
+from loramux.server.api.auto.ledger import ScoreLedger
 from loramux.server.api.auto.recent import RecentDeletions
+from loramux.server.api.auto.scoring import MIN_NEW
 
 pytestmark = pytest.mark.anyio
 
@@ -157,6 +160,48 @@ async def test_what_there_is_no_room_for_is_kept_for_the_next_training(
     async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
         await ready(bench)
         assert (await scorer(bench))["rows_since_training"] == 2, "the half of them that there is room for"
+
+
+def test_the_ledger_looks_candidates_up(tmp_path: Path) -> None:
+    """By an index in both tables, however many there are; any text is a name."""
+    ledger = ScoreLedger(tmp_path / "scores.sqlite3", max_bytes=1 << 20)
+    odd = "a'\"\\ß"
+    ledger.add(ScoredQuery(f"q{number}", {"b": 1, **({odd: 0} if number % 2 else {})}) for number in range(4))
+    many = [odd, BASE_KEY, *(f"n{number}" for number in range(40_000))]
+    for fresh in (False, True):
+        assert ledger.rows(many, fresh=fresh) == [ScoredQuery(f"q{number}", {odd: 0.0}) for number in (1, 3)]
+    assert ledger.fresh_counts(many) == {odd: 2}
+    statements: list[str] = []
+    ledger._database.set_trace_callback(statements.append)
+    ledger.rows(["b"], fresh=True)
+    ledger.rows(["b"])
+    ledger.fresh_counts(["b"])
+    ledger._database.set_trace_callback(None)
+    for statement in statements:
+        plan = [row[-1] for row in ledger._database.execute(f"EXPLAIN QUERY PLAN {statement}")]
+        assert any("_by_candidate" in step for step in plan), plan
+        assert not any(step.startswith(("SCAN s", "SCAN q", "SCAN fresh")) for step in plan), plan
+    ledger.close()
+
+
+async def test_one_look_at_the_ledger_for_all_new_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    rows = ScoreLedger.rows
+
+    def noting(self: ScoreLedger, candidates: list[str], *, fresh: bool = False) -> list[ScoredQuery]:
+        asked.append(sorted(candidates))
+        return rows(self, candidates, fresh=fresh)
+
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        monkeypatch.setattr(ScoreLedger, "rows", noting)
+        scores = {f"n{number}": 1.0 for number in range(50)}
+        line = json.dumps({"query": "one of all", "scores": scores})
+        assert (await bench.client.post("/v1/router/scores", content=line)).status_code == 200
+        assert asked == [], "nobody has enough"
+        lines = [json.dumps({"query": f"q{number}", "scores": {"n7": 1, "n9": 0}}) for number in range(MIN_NEW)]
+        await bench.client.post("/v1/router/scores", content="\n".join(lines))
+        assert asked == [["n7", "n9"]]
 
 
 def test_recent_deletions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,12 +223,10 @@ class ScoresRung:
             scores = {name: score for name, score in row.scores.items() if name in known}
             if scores:
                 found.append(ScoredQuery(row.query, scores, row.group))
-        complete = True
-        for name in sorted(new):
-            fresh = self._ledger.rows([name], fresh=True)
-            complete &= len(fresh) >= MIN_NEW
-            found += fresh if len(fresh) >= MIN_NEW else []
-        return found, complete
+        enough = [name for name, count in self._ledger.fresh_counts(new).items() if count >= MIN_NEW]
+        if enough:
+            found += self._ledger.rows(enough, fresh=True)
+        return found, len(enough) == len(new)
 
     def _take_in(self, rows: Sequence[ScoredQuery], embeddings: Floats, encoder: str, begun: float) -> bool:
         """The scorer grows, but for whoever was deleted since `begun`, and as there is room; whether that is all.
