@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 from api.harness import BASE, Bench, in_process, make_bench
 from api.test_routing import SPELL, TALK, ready, route, teach
-from api.test_routing_scores import learn_opposite
+from api.test_routing_scores import learn_opposite, trained
 from api.test_tenants import As
 
 from loramux.router.interface import BASE as BASE_KEY
-from loramux.router.scores.dataset import ScoredQuery
+from loramux.router.scores.dataset import ScoredQuery, newest
 from loramux.server.api.auto import recent, scoring
 from loramux.server.api.auto.ledger import ScoreLedger
 from loramux.server.api.auto.recent import RecentDeletions
@@ -160,6 +161,17 @@ async def test_what_there_is_no_room_for_is_kept_for_the_next_training(
     async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
         await ready(bench)
         assert (await scorer(bench))["rows_since_training"] == 2, "the half of them that there is room for"
+
+
+async def test_a_training_is_of_the_newest_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with in_process(make_bench(tmp_path, base_examples=TALK)) as bench:
+        await learn_opposite(bench)
+        dim = (await bench.client.get("/v1/router")).json()["encoder"]["dim"]
+        monkeypatch.setattr(scoring, "newest", partial(newest, max_cells=12 * (dim + 3) + 1))
+        await bench.client.post("/v1/router/train", json={"seed": 3})
+        state = await trained(bench)
+        assert state["training"] == {"status": "done", "error": None, "rows": 12, "rows_left_out": 4}
+        assert state["scorer"]["rows"] == 12
 
 
 def test_the_ledger_looks_candidates_up(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from loramux.router import artifacts
 from loramux.router.interface import BASE, Floats, GrowingScorer, Scorer
 from loramux.router.policy import RouterPolicy
 from loramux.router.scores.budget import NoRoomError
-from loramux.router.scores.dataset import ScoredQuery, ScoreTable, build_table
+from loramux.router.scores.dataset import ScoredQuery, ScoreTable, build_table, newest
 from loramux.router.scores.ensemble import can_grow, growing
 from loramux.server.api.auto.embedders import TEXTS_AT_ONCE, Embedder
 from loramux.server.api.auto.ending import end
@@ -100,7 +100,7 @@ def _grown(scorer: GrowingScorer, table: ScoreTable) -> tuple[GrowingScorer, int
         part = table.rows(np.arange(count))
         scored = (~np.isnan(part.scores)).sum(0)
         part = part.columns([c for c, n in zip(part.candidates, scored, strict=True) if n >= MIN_NEW or c in known])
-        part = part.rows((~np.isnan(part.scores)).any(1))
+        part = part.rows(np.flatnonzero((~np.isnan(part.scores)).any(1)))
         with contextlib.suppress(NoRoomError):
             return scorer.update(part.embeddings, part.scores, part.candidates), count
         count //= 2
@@ -123,6 +123,8 @@ class ScoresRung:
         self._training: asyncio.Task[None] | None = None
         self._outcome: Literal["never", "done", "failed"] = "never"
         self._error: str | None = None
+        self._rows = 0  # that the latest training is of
+        self._left_out = 0
         self._embedder: Embedder | None = None
         self._changing = asyncio.Lock()  # one change of the scorer at a time
         self._behind: set[asyncio.Task[bool]] = set()
@@ -204,6 +206,8 @@ class ScoresRung:
         rows, complete = await self._in_writer(partial(self._countable, rows))
         if not rows:
             return False
+        fitting = newest(rows, embedder.dim)
+        rows, complete = fitting, complete and len(fitting) == len(rows)
         try:
             embeddings = await _embedded(embedder, [row.query for row in rows])
             complete &= await self._in_writer(partial(self._take_in, rows, embeddings, embedder.name, begun))
@@ -273,6 +277,7 @@ class ScoresRung:
         return True
 
     async def _train(self, embedder: Embedder, candidates: Sequence[str], seed: int) -> None:
+        self._rows = self._left_out = 0
         try:
             rows = await self._in_writer(partial(self._begin, candidates))
             if not rows:
@@ -280,7 +285,9 @@ class ScoresRung:
                     "there are no scores of the base or an adapter that is registered; send some to /v1/feedback or "
                     "/v1/router/scores"
                 )
-            table = build_table(rows, await _embedded(embedder, [row.query for row in rows]))
+            used = newest(rows, embedder.dim)
+            self._rows, self._left_out = len(used), len(rows) - len(used)
+            table = build_table(used, await _embedded(embedder, [row.query for row in used]))
             run = partial(self._process.run, table, self._scorers, embedder.name, seed)
             version = await asyncio.get_running_loop().run_in_executor(self._threads, run)
             await self._in_writer(self._ledger.end_training)
@@ -292,7 +299,9 @@ class ScoresRung:
             logger.exception("training a scorer failed")
             self._outcome, self._error = "failed", type(error).__name__
         else:
-            logger.info("scorer %d is trained on %d queries", version, len(rows))
+            logger.info(
+                "scorer %d is trained on %d queries, %d older ones left out", version, self._rows, self._left_out
+            )
             self._outcome, self._error = "done", None
 
     def _begin(self, candidates: Sequence[str]) -> list[ScoredQuery]:
@@ -314,7 +323,12 @@ class ScoresRung:
                 "rows_since_training": self._grown,
                 **self._artifact.notes,
             }
-        training = {"status": "running" if running else self._outcome, "error": None if running else self._error}
+        training = {
+            "status": "running" if running else self._outcome,
+            "error": None if running else self._error,
+            "rows": self._rows,
+            "rows_left_out": self._left_out,
+        }
         return {"queries": queries, "scores": scores, "scorer": scorer, "training": training}
 
     async def stop(self) -> None:
