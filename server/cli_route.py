@@ -2,7 +2,7 @@
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ def add_commands(
     evaluation = commands.add_parser(
         EVAL, parents=[common, options], help="route a file of queries and compare with what was right",
         allow_abbrev=False,
-        description='One JSON object per line: {"query": text, "adapter": name} ("base" for the base), or '
-        '{"query": text, "scores": {name: 0 to 1}}.',
+        description='One JSON object per line: {"query": text, "adapter": name} ("base", or its model name, for the '
+        'base), or {"query": text, "scores": {name: 0 to 1}}.',
     )  # fmt: skip
     evaluation.add_argument("file", metavar="FILE.jsonl", type=Path)
     evaluation.set_defaults(run=evaluate)
@@ -126,7 +126,10 @@ class Tally:
 
 @dataclass(slots=True)
 class Evaluation:
-    """What came of it: by expected adapter where one was named; `reached` of `best` score where there were scores."""
+    """What came of it: by expected adapter where one was named; `reached` of `best` score where there were scores.
+
+    A choice without a score reaches 0: nobody has said that it is any good.
+    """
 
     tallies: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     queries: int = 0
@@ -143,24 +146,24 @@ class Evaluation:
         self.abstained += not chosen
         if row.adapter is not None:
             self.tallies[row.adapter or BASE_WORD].add(right=chosen == row.adapter, abstained=not chosen)
-        if chosen in row.scores:
-            self.scored += 1
-            self.reached += row.scores[chosen]
+        if row.scores:
+            self.scored += chosen in row.scores
+            self.unscored += chosen not in row.scores
+            self.reached += row.scores.get(chosen, 0.0)
             self.best += max(row.scores.values())
-        elif row.scores:
-            self.unscored += 1
 
     def summary(self) -> dict[str, Any]:
         """Shares and counts; None where there was nothing to count."""
         named = sum(tally.queries for tally in self.tallies.values())
         right = sum(tally.right for tally in self.tallies.values())
+        with_scores = self.scored + self.unscored
         return {
             "queries": self.queries,
             "abstained": self.abstained,
             "accuracy": right / named if named else None,
             "scored": self.scored,
             "without_score": self.unscored,
-            "mean_score": self.reached / self.scored if self.scored else None,
+            "mean_score": self.reached / with_scores if with_scores else None,
             "share_of_oracle": self.reached / self.best if self.best else None,
             "by_adapter": {
                 name: {"queries": t.queries, "accuracy": t.right / t.queries, "abstained": t.abstained}
@@ -169,18 +172,18 @@ class Evaluation:
         }
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The queries of a file. Raises `CommandError` naming file and line."""
+def read_rows(path: Path, bases: Collection[str]) -> Iterator[Row]:
+    """The queries of a file that calls the base any of `bases`. Raises `CommandError` naming file and line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _row(line, f"{path}, line {number}")
+                    yield _row(line, f"{path}, line {number}", bases)
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}", USAGE) from None
 
 
-def _row(line: bytes, where: str) -> Row:
+def _row(line: bytes, where: str, bases: Collection[str]) -> Row:
     try:
         value = strict_json.loads(line)
     except ValueError as error:
@@ -194,14 +197,15 @@ def _row(line: bytes, where: str) -> Row:
     )
     if (adapter is None and not scores) or not named or not numbers:
         raise CommandError(f'{where}: needs the right "adapter" (a name), or "scores" ({{name: number}})', USAGE)
-    names = {BASE_WORD: ""}
-    plain = {names.get(name, name): float(score) for name, score in (scores or {}).items()}
-    return Row(value["query"], None if adapter is None else names.get(adapter, adapter), plain)
+    plain = {"" if name in bases else name: float(score) for name, score in (scores or {}).items()}
+    return Row(value["query"], "" if adapter in bases else adapter, plain)
 
 
 def evaluate(api: Api, args: argparse.Namespace, console: Console) -> None:
     """Routes a file's queries, with a progress bar."""
-    rows = list(read_rows(args.file))
+    models = api.call("GET", "/v1/models")["data"]
+    bases = {BASE_WORD, *(model["id"] for model in models if model["parent"] is None)}
+    rows = list(read_rows(args.file, bases))
     if not rows:
         raise CommandError(f"{args.file} has no query in it", USAGE)
     found = Evaluation()
@@ -228,7 +232,8 @@ def evaluate(api: Api, args: argparse.Namespace, console: Console) -> None:
     if summary["share_of_oracle"] is not None:
         lines.append(
             f"mean score {summary['mean_score']:.4f}, {summary['share_of_oracle']:.1%} of the oracle "
-            f"({summary['without_score']} choices without a score)"
+            f"({summary['without_score']} of {summary['scored'] + summary['without_score']} choices have no score and "
+            "count as 0)"
         )
     console.print("\n".join(lines), highlight=False)
 

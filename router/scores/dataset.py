@@ -18,6 +18,7 @@ from loramux.adapters_store import strict_json
 from loramux.router.interface import Floats
 
 MAX_LINE_BYTES = 1 << 20
+MAX_CELLS = 64 << 20  # numbers of a table that a server makes: at most 512 MiB
 Doubles = npt.NDArray[np.float64]
 
 
@@ -104,12 +105,14 @@ class ScoreTable:
     def chosen(self, predicted: Floats) -> Doubles:
         """Each row's score of the candidate predicted best among those whose score is known: float64 [n].
 
-        NaN for rows that know fewer than two candidates: they cannot tell a good choice from a bad one.
+        NaN for rows that know fewer than two candidates, which cannot tell a good choice from a bad one, and where
+        none of those known has a finite prediction.
         """
         known = ~np.isnan(self.scores)
         best = np.where(known, predicted, -np.inf).argmax(1)
         values = self.scores[np.arange(len(best)), best]
-        return np.where(known.sum(1) >= 2, values, np.nan)
+        chose = (known & np.isfinite(predicted)).any(1)
+        return np.where(chose & (known.sum(1) >= 2), values, np.nan)
 
     def mean(self, values: Doubles) -> float:
         """The mean over groups of the mean over their rows, NaN left out; NaN when nothing is left."""
@@ -137,6 +140,12 @@ def merge(rows: Iterable[ScoredQuery]) -> list[ScoredQuery]:
     ]
 
 
+def newest(rows: Sequence[ScoredQuery], dim: int, max_cells: int = MAX_CELLS) -> Sequence[ScoredQuery]:
+    """The last of the rows, as many as make a table of `max_cells` numbers: `dim` and one per candidate in each row."""
+    candidates = {candidate for row in rows for candidate in row.scores}
+    return rows[-max(max_cells // (dim + len(candidates)), 1) :]
+
+
 def build_table(rows: Sequence[ScoredQuery], embeddings: Floats, candidates: Sequence[str] | None = None) -> ScoreTable:
     """The table of rows and their queries' embeddings [len(rows), dim].
 
@@ -148,7 +157,12 @@ def build_table(rows: Sequence[ScoredQuery], embeddings: Floats, candidates: Seq
     if not rows:
         raise DatasetError("there are no scored queries")
     keys = tuple(sorted({c for row in rows for c in row.scores}) if candidates is None else candidates)
-    scores = np.array([[row.scores.get(c, math.nan) for c in keys] for row in rows], np.float64).reshape(len(rows), -1)
+    places = {key: j for j, key in enumerate(keys)}
+    scores = np.full((len(rows), len(keys)), np.nan)
+    for i, row in enumerate(rows):
+        for candidate, score in row.scores.items():
+            if candidate in places:
+                scores[i, places[candidate]] = score
     names = {name: i for i, name in enumerate(sorted({row.group for row in rows}))}
     groups = np.array([names[row.group] for row in rows], np.int64)
     useful = np.flatnonzero((~np.isnan(scores)).any(1))

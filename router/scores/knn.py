@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loramux.router.interface import Floats
+from loramux.router.scores.budget import MAX_BYTES, NoRoomError
 from loramux.router.scores.dataset import Doubles, ScoreTable
 
 _QUERIES_AT_ONCE = 512
@@ -47,18 +48,50 @@ class Neighbours:
         return np.concatenate([np.zeros((0, len(self.candidates)), np.float32), *parts])
 
     def update(self, embeddings: Floats, scores: Doubles, candidates: Sequence[str]) -> "Neighbours":
-        """With more scored queries [n, dim], [n, c] of `candidates`; new ones become columns."""
+        """With more scored queries [n, dim], [n, c] of `candidates`; new ones become columns.
+
+        Scores of a query whose row is there already replace those of the same candidates. Raises `NoRoomError` beyond
+        `MAX_BYTES`.
+        """
+        rows = unit(embeddings)
         keys = (*self.candidates, *(c for c in candidates if c not in self.candidates))
-        grown = np.full((len(self.rows) + len(embeddings), len(keys)), np.nan)
+        columns = np.array([keys.index(c) for c in candidates], np.int64)
+        places, new = self._places(rows)
+        size = len(self.rows) + len(new)
+        room = max(MAX_BYTES, self.rows.nbytes + self.scores.nbytes)
+        if size * (rows.shape[1] * rows.itemsize + len(keys) * self.scores.itemsize) > room:
+            raise NoRoomError
+        grown = np.full((size, len(keys)), np.nan)
         grown[: len(self.rows), : len(self.candidates)] = self.scores
-        grown[len(self.rows) :, [keys.index(c) for c in candidates]] = scores
-        return Neighbours(np.concatenate([self.rows, unit(embeddings)]), grown, keys, self.k, self.temperature)
+        for place, row in zip(places, scores, strict=True):
+            known = ~np.isnan(row)
+            grown[place, columns[known]] = row[known]
+        return Neighbours(np.concatenate([self.rows, rows[new]]), grown, keys, self.k, self.temperature)
 
     def without(self, candidates: Sequence[str]) -> "Neighbours":
         """Without these candidates; unknown ones are ignored."""
         keep = [j for j, c in enumerate(self.candidates) if c not in candidates]
         keys = tuple(self.candidates[j] for j in keep)
         return Neighbours(self.rows, self.scores[:, keep], keys, self.k, self.temperature)
+
+    def _places(self, rows: Floats) -> tuple[list[int], list[int]]:
+        """Where unit rows [n, dim] are among those kept, new ones behind them; and which of `rows` are new."""
+        kept: dict[int, int] = {}
+        for start in range(0, len(rows) if len(self.rows) else 0, _QUERIES_AT_ONCE):
+            part = rows[start : start + _QUERIES_AT_ONCE]
+            nearest = (part @ self.rows.T).argmax(1)
+            same = np.flatnonzero((self.rows[nearest] == part).all(1))
+            kept |= {start + int(i): int(nearest[i]) for i in same}
+        new: dict[bytes, int] = {}
+        firsts, places = [], []
+        for i, row in enumerate(rows):
+            if i not in kept:
+                if row.tobytes() not in new:
+                    new[row.tobytes()] = len(self.rows) + len(new)
+                    firsts.append(i)
+                kept[i] = new[row.tobytes()]
+            places.append(kept[i])
+        return places, firsts
 
     def _score(self, embeddings: Floats) -> Floats:
         cosines = unit(embeddings) @ self.rows.T

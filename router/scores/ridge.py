@@ -10,7 +10,8 @@ features keep the rows instead, which is smaller, and solve the dual, which is t
     w = Phi_c' (Phi_c Phi_c' + alpha I)^-1 y_c      (_c: centred)
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loramux.router.interface import Floats
+from loramux.router.scores.budget import MAX_BYTES, MAX_TAKEN, NoRoomError
 from loramux.router.scores.dataset import Doubles, ScoreTable
 from loramux.router.scores.features import Memberships, Partition
 
@@ -54,6 +56,13 @@ class RowSums:
         weights = x.T @ np.linalg.solve(x @ x.T + alpha * np.eye(len(x)), self.y - level)
         return weights, level - centre @ weights
 
+    def correct(self, x: Doubles, change: Doubles) -> "RowSums":
+        """With `change` [n, c] added to the scores of rows x [n, d] that are there."""
+        y = self.y.copy()
+        for i in np.flatnonzero(change.any(1)):
+            y[((self.x - x[i]) ** 2).sum(1).argmin()] += change[i]
+        return RowSums(self.x, y)
+
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         return {"x": self.x, "y": self.y}
 
@@ -83,6 +92,10 @@ class GramSums:
         weights = np.asarray(np.linalg.solve(scatter, self.xy - self.count * np.outer(centre, level)), np.float64)
         return weights, level - centre @ weights
 
+    def correct(self, x: Doubles, change: Doubles) -> "GramSums":
+        """With `change` [n, c] added to the scores of rows x [n, d] that are among those summed."""
+        return GramSums(self.count, self.x, self.y + change.sum(0), self.xx, self.xy + x.T @ change)
+
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         return {"count": np.array([self.count], np.int64), "x": self.x, "y": self.y, "xx": self.xx, "xy": self.xy}
 
@@ -96,6 +109,11 @@ class Group:
 
     candidates: tuple[str, ...]
     sums: Sums
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums."""
+        return sum(tensor.nbytes for tensor in self.sums.tensors().values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +133,18 @@ class RidgeStatistics:
         """In the order of the groups."""
         return tuple(c for group in self.groups for c in group.candidates)
 
-    def add(self, features: Floats | Doubles, scores: Doubles, candidates: Sequence[str]) -> "RidgeStatistics":
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(group.nbytes for group in self.groups)
+
+    def add(
+        self, features: Floats | Doubles, scores: Doubles, candidates: Sequence[str], max_bytes: int | None = None
+    ) -> "RidgeStatistics":
         """With the rows features [n, d] and scores [n, c] of `candidates`, NaN where unknown; new ones become columns.
 
-        Raises ValueError for shapes that do not fit, features that are not finite, or a candidate named twice.
+        Raises ValueError for shapes that do not fit, features that are not finite, or a candidate named twice,
+        `NoRoomError` when the sums would take more than `max_bytes`.
         """
         x = np.asarray(features, np.float64)
         if x.ndim != 2 or x.shape[1] != self.dim or scores.shape != (len(x), len(candidates)):
@@ -131,12 +157,30 @@ class RidgeStatistics:
         if len(set(candidates)) != len(candidates):
             raise ValueError("a candidate is named twice")
         column = {c: j for j, c in enumerate(candidates)}
-        groups = [part for group in self.groups for part in self._extend(group, x, scores, column)]
         present = set(self.candidates)
         fresh = [c for c in candidates if c not in present]
         empty = Group(tuple(fresh), RowSums(np.zeros((0, self.dim)), np.zeros((0, len(fresh)))))
-        groups += self._extend(empty, x, scores, column)
+        groups: list[Group] = []
+        held = 0
+        for part in (part for group in (*self.groups, empty) for part in self._extend(group, x, scores, column)):
+            groups.append(part)
+            held += part.nbytes
+            if max_bytes is not None and held > max_bytes:
+                raise NoRoomError
         return RidgeStatistics(self.dim, tuple(g for g in groups if g.sums.count), self.keep_rows)
+
+    def correct(self, features: Floats | Doubles, change: Doubles, candidates: Sequence[str]) -> "RidgeStatistics":
+        """With `change` [n, c] added to the scores that `candidates` were added with on the rows features [n, d]."""
+        x = np.asarray(features, np.float64)
+        column = {c: j for j, c in enumerate(candidates)}
+        groups = []
+        for group in self.groups:
+            own = np.zeros((len(x), len(group.candidates)))
+            for j, candidate in enumerate(group.candidates):
+                if candidate in column:
+                    own[:, j] = change[:, column[candidate]]
+            groups.append(Group(group.candidates, group.sums.correct(x, own)) if own.any() else group)
+        return RidgeStatistics(self.dim, tuple(groups), self.keep_rows)
 
     def without(self, candidates: Sequence[str]) -> "RidgeStatistics":
         """Without these candidates; unknown ones are ignored."""
@@ -155,15 +199,15 @@ class RidgeStatistics:
             raise ValueError("no candidate has a score yet")
         return joined([group.sums.solve(alpha) for group in self.groups])
 
-    def _extend(self, group: Group, x: Doubles, scores: Doubles, column: Mapping[str, int]) -> list[Group]:
+    def _extend(self, group: Group, x: Doubles, scores: Doubles, column: Mapping[str, int]) -> Iterator[Group]:
         """The group with its candidates' new rows, split where they were scored on different ones; itself if none."""
         parts: dict[bytes, list[int]] = {}
         for j, candidate in enumerate(group.candidates):
             known = ~np.isnan(scores[:, column[candidate]]) if candidate in column else np.zeros(len(x), bool)
             parts.setdefault(known.tobytes(), []).append(j)
         if len(parts) == 1 and not any(next(iter(parts))):
-            return [group]
-        result = []
+            yield group
+            return
         for pattern, members in parts.items():
             known = np.frombuffer(pattern, bool)
             names = tuple(group.candidates[j] for j in members)
@@ -172,18 +216,21 @@ class RidgeStatistics:
                 sums = sums.add(x[known], scores[known][:, [column[name] for name in names]])
             if isinstance(sums, RowSums) and sums.count and (sums.count >= self.dim or not self.keep_rows):
                 sums = sums.gram()
-            result.append(Group(names, sums))
-        return result
+            yield Group(names, sums)
 
 
 @dataclass(frozen=True, slots=True)
 class Ridge:
-    """A `Scorer`: phi(x).w_t + b_t. `features` is phi, or None for phi(x) = x."""
+    """A `Scorer`: phi(x).w_t + b_t. `features` is phi, or None for phi(x) = x.
+
+    taken: the scores that came by `update`, by the digest of the query's embedding and the candidate.
+    """
 
     statistics: RidgeStatistics
     alpha: float
     features: Memberships | None = None
     known: InitVar[Mapping[int, Solution] | None] = None
+    taken: Mapping[tuple[bytes, str], float] = field(default_factory=dict, repr=False)
     solutions: Mapping[int, Solution] = field(init=False, repr=False)
     weights: Doubles = field(init=False)
     intercepts: Doubles = field(init=False)
@@ -216,14 +263,26 @@ class Ridge:
     def update(self, embeddings: Floats, scores: Doubles, candidates: Sequence[str]) -> "Ridge":
         """With more scored queries, or new candidates; equal to a fit on all rows. See `RidgeStatistics.add`.
 
-        Only groups with new rows are solved again.
+        A score of a query (an embedding of the same bits) that came by an update before is replaced. Only groups with
+        new rows or scores are solved again. Raises `NoRoomError` beyond `MAX_BYTES` or `MAX_TAKEN`.
         """
-        added = self.statistics.add(_mapped(embeddings, self.features), scores, candidates)
-        return Ridge(added, self.alpha, self.features, self.solutions)
+        new, change, taken = scores.copy(), np.zeros_like(scores), dict(self.taken)
+        queries = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in embeddings]
+        for i, j in np.argwhere(~np.isnan(scores)):
+            key, score = (queries[i], candidates[j]), float(scores[i, j])
+            if key in taken:
+                new[i, j], change[i, j] = np.nan, score - taken[key]
+            taken[key] = score
+        if len(taken) > MAX_TAKEN:
+            raise NoRoomError
+        features, room = _mapped(embeddings, self.features), max(MAX_BYTES, self.statistics.nbytes)
+        grown = self.statistics.add(features, new, candidates, room).correct(features, change, candidates)
+        return Ridge(grown, self.alpha, self.features, self.solutions, taken)
 
     def without(self, candidates: Sequence[str]) -> "Ridge":
         """Without these candidates. Raises ValueError when none is left."""
-        return Ridge(self.statistics.without(candidates), self.alpha, self.features)
+        taken = {key: score for key, score in self.taken.items() if key[1] not in candidates}
+        return Ridge(self.statistics.without(candidates), self.alpha, self.features, taken=taken)
 
 
 def joined(solutions: Sequence[Solution]) -> Solution:

@@ -8,7 +8,8 @@ predict scores. Ensembles of the families' best settings are estimated from the 
 
 Chosen is the simplest (families in their order, then ensembles by size) within one standard error of the highest
 estimate, the error being that of the paired difference over queries (Breiman et al. 1984, "Classification and
-regression trees", 3.4.3). Nothing but the table, the families and `seed` decides.
+regression trees", 3.4.3). Nothing but the table, the families and `seed` decides. A family whose estimate is not finite
+(all queries of every candidate in one fold: nothing was predicted) cannot be chosen.
 """
 
 import math
@@ -33,6 +34,7 @@ from loramux.router.scores.families import (
 
 MIN_ROWS = 10
 MIN_COMPARABLE = 50
+_SHOWN = 5
 
 
 def default_families() -> tuple[Family, ...]:
@@ -93,7 +95,10 @@ def select(
     ensembles: bool = True,
     progress: Progress | None = None,
 ) -> Selection:
-    """Compares the families on the table. Raises ValueError for too few rows or folds, or when no family fits."""
+    """Compares the families on the table.
+
+    Raises ValueError for too few rows or folds, when no family fits, or when no candidate has scores in two folds.
+    """
     if folds < 2 or repeats < 1:
         raise ValueError("folds must be at least 2 and repeats at least 1")
     if len(table.scores) < max(MIN_ROWS, folds):
@@ -116,11 +121,14 @@ def select(
             estimates.append(_failure(family.name, str(error)))
             continue
         best, values[family.name] = _best(table, family, scores, place, by_choice)
+        if not math.isfinite(best.value):
+            estimates.append(_failure(family.name, _too_thin(table, folds)))
+            continue
         estimates.append(best)
         held_out.append(scores[best.parts[0][1]])
     usable = [e for e in estimates if not e.failed]
     if not usable:
-        raise ValueError("no scorer can be fitted: " + "; ".join(f"{e.name}: {e.failed}" for e in estimates))
+        raise ValueError(f"no scorer can be fitted: {_reasons(estimates)}")
     if ensembles and by_choice:
         for estimate, rows in _ensembles(table, usable, held_out):
             estimates.append(estimate)
@@ -219,6 +227,23 @@ def _estimate(
 
 def _failure(name: str, reason: str) -> Estimate:
     return Estimate(name, "", (), -math.inf, failed=reason)
+
+
+def _reasons(failures: Sequence[Estimate]) -> str:
+    """Why families failed, each reason once."""
+    names: dict[str, list[str]] = {}
+    for failure in failures:
+        names.setdefault(failure.failed, []).append(failure.name)
+    return "; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items())
+
+
+def _too_thin(table: ScoreTable, folds: int) -> str:
+    """Which candidates lack scores, the fewest first, and how many scored queries are needed."""
+    counts = (~np.isnan(table.scores)).sum(0)
+    order = np.argsort(counts, kind="stable")
+    few = [f"{table.candidates[j] or 'the base'} has {counts[j]}" for j in order[:_SHOWN]]
+    more = f", {len(order) - _SHOWN} more have too few" if len(order) > _SHOWN else ""
+    return f"score each adapter on {folds} queries or more ({', '.join(few)}{more})"
 
 
 def _finite(scores: Floats) -> Floats:

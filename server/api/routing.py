@@ -1,6 +1,7 @@
 """`/v1/route`, `/v1/feedback` and `/v1/router`: what `auto` would choose, what it knows, and how it learns."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,17 +9,18 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from loramux.adapters_store.errors import AdapterNotFound
-from loramux.adapters_store.names import address_of
+from loramux.adapters_store.names import address_of, owner_and_name
 from loramux.router.interface import BASE
 from loramux.router.options import RouterError
 from loramux.router.policy import Decision
 from loramux.router.scores.dataset import DatasetError, ScoredQuery
 from loramux.server.api.auto.ledger import LedgerError
+from loramux.server.api.auto.recent import Served
 from loramux.server.api.auto.reports import options_of, refused, report_of
-from loramux.server.api.auto.scoring import BASE_WORD, as_routed
+from loramux.server.api.auto.scoring import BASE_WORD, AdapterGoneError, as_routed
 from loramux.server.api.auto.service import RouterService
 from loramux.server.api.bodies import BodyRoute
-from loramux.server.api.caller import From
+from loramux.server.api.caller import Caller, From
 from loramux.server.api.errors import APIError, bad_request, model_not_found, unavailable
 from loramux.server.api.resolve import addressed
 from loramux.server.api.schemas.routing import (
@@ -38,7 +40,7 @@ router = APIRouter(route_class=BodyRoute)
 
 JSON = "application/json"
 SCORES_PATH = "/v1/router/scores"
-ID_PREFIXES = ("chatcmpl-", "cmpl-")
+ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_")
 SHOWN_UNKNOWN = 20
 RETRY_SECONDS = 5
 SCORES_SCHEMA = {
@@ -87,31 +89,30 @@ async def router_state(state: State) -> Response:
 async def feedback(body: FeedbackRequest, state: State, caller: From) -> Response:
     """Keeps one opinion of how well an adapter answered a query, and counts it at once where the scorer can grow."""
     service = state.require_router()
-    served: tuple[str, ...] | None = None
     if (body.request_id is None) == (body.input is None):
         raise bad_request("Send either `request_id` or `input`.", "input" if body.request_id else "request_id")
-    if body.request_id is not None:
-        found = service.recall(caller.remembered(_plain_id(body.request_id)))
-        if found is None:
+    with state.gate.admit(caller):
+        found = None if body.request_id is None else _recall(service, caller, body.request_id)
+        text, since = (found.text, found.at) if found is not None else (body.input or "", time.monotonic())
+        if body.adapter is not None:
+            key = await _key_of(state, body.adapter, caller.tenant)
+            _check_may_score(caller, key, found, body.adapter)
+        elif found is not None and len(found.adapters) <= 1:
+            key = found.adapters[0] if found.adapters else BASE
+        else:
+            raise bad_request("Name the `adapter` that the score is of.", "adapter", "missing_required_parameter")
+        try:
+            row = as_routed(ScoredQuery(text, {key: body.score}, body.group or ""), ())
+        except DatasetError as error:
+            raise bad_request(f"{error}.", "input", "invalid_value") from None
+        name = address_of(key, caller.tenant) if key else state.settings.base_name
+        try:
+            learnt = await _keep(service, [row], since)
+        except AdapterGoneError:
             raise APIError(
-                404, f"The request {body.request_id!r} is not remembered (any longer); send its text as `input`.",
-                param="request_id", code="request_not_found",
-            )  # fmt: skip
-        text, served = found.text, found.adapters
-    else:
-        text = body.input or ""
-    if body.adapter is not None:
-        key = await _key_of(state, body.adapter, caller.tenant)
-    elif served is not None and len(served) <= 1:
-        key = served[0] if served else BASE
-    else:
-        raise bad_request("Name the `adapter` that the score is of.", "adapter", "missing_required_parameter")
-    try:
-        row = as_routed(ScoredQuery(text, {key: body.score}, body.group or ""), ())
-    except DatasetError as error:
-        raise bad_request(f"{error}.", "input", "invalid_value") from None
-    learnt = await _keep(service, [row])
-    name = address_of(key, caller.tenant) if key else state.settings.base_name
+                404, f"The adapter {name!r} that this is of was deleted; score an answer of one that there is.",
+                param="adapter" if found is None else "request_id", code="model_not_found",
+            ) from None  # fmt: skip
     taken = FeedbackTaken(object="feedback", adapter=name, score=body.score, learnt=learnt)
     return Response(taken.json_text(), media_type=JSON)
 
@@ -144,19 +145,35 @@ async def train(body: TrainRequest, state: State) -> Response:
     return Response(answer.json_text(), status_code=202, media_type=JSON)
 
 
-async def _keep(service: RouterService, rows: Sequence[ScoredQuery]) -> bool:
-    """Adds to the scores; whether they count already. Raises a 503 when the disk refuses."""
+async def _keep(service: RouterService, rows: Sequence[ScoredQuery], since: float | None = None) -> bool:
+    """`ScoresRung.add`. Raises a 503 when the disk refuses."""
     try:
-        return await service.scores.add(rows)
+        return await service.scores.add(rows, since)
     except LedgerError as error:
         raise unavailable(f"The {error}.", code="scores_not_kept", retry_after=RETRY_SECONDS) from error
 
 
-def _plain_id(id: str) -> str:
-    """The request's id without what the answer's `id` puts before it."""
-    for prefix in ID_PREFIXES:
-        id = id.removeprefix(prefix)
-    return id
+def _recall(service: RouterService, caller: Caller, id: str) -> Served:
+    """The caller's request of this id, or of what the answer's `id` puts a prefix before. Raises a 404."""
+    for known in (id, *(id.removeprefix(prefix) for prefix in ID_PREFIXES if id.startswith(prefix))):
+        found = service.recall(caller.remembered(known))
+        if found is not None:
+            return found
+    raise APIError(
+        404, f"The request {id!r} is not remembered (any longer); send its text as `input`.", param="request_id",
+        code="request_not_found",
+    )  # fmt: skip
+
+
+def _check_may_score(caller: Caller, key: str, found: Served | None, name: str) -> None:
+    """Raises a 403 where a user scores what is not its tenant's and did not serve the request that it names."""
+    own = key != BASE and owner_and_name(key)[0] == caller.tenant
+    served = found is not None and key in (found.adapters or (BASE,))
+    if caller.role != "admin" and not own and not served:
+        raise APIError(
+            403, f"{name!r} is not your tenant's adapter: send the `request_id` of an answer that it gave you, or use "
+            "a key with the role `admin`.", param="adapter", code="insufficient_permissions",
+        )  # fmt: skip
 
 
 async def _key_of(state: ServerState, name: str, tenant: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from api.harness import Bench, adapter_files, listening, make_bench, parts
+from api.harness import BASE, Bench, adapter_files, listening, make_bench, parts
 from api.test_routing import NOBODYS, QUERY, SPELL, SUM, TALK
 
 from loramux.router import artifacts
@@ -72,11 +72,30 @@ def test_a_file_of_queries(server: Bench, tmp_path: Path, capsys: pytest.Capture
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["by_adapter"]["sum"] == {"queries": 1, "accuracy": 0.0, "abstained": 0}
     assert (found["queries"], found["abstained"], found["scored"], found["without_score"]) == (6, 2, 2, 1)
-    assert (found["mean_score"], found["share_of_oracle"]) == (0.75, 0.75)
+    assert (found["mean_score"], found["share_of_oracle"]) == (0.5, 0.5)
     assert main(["route", "eval", lines(tmp_path / "b.jsonl", [*named, *scored])]) == 0
     out = capsys.readouterr().out
     assert "accuracy 66.7%" in out
-    assert "75.0% of the oracle" in out
+    assert "75.0% of the oracle (0 of 2 choices have no score and count as 0)" in out
+
+
+def test_choices_without_a_score_count_as_nothing(
+    server: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A router that leaves nearly all to the base, of which no score is known, is far from the oracle."""
+    rows = [{"query": QUERY, "scores": {"spell": 1}}, *({"query": NOBODYS, "scores": {"spell": 1}} for _ in range(9))]
+    assert main(["route", "eval", lines(tmp_path / "a.jsonl", rows), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["abstained"], found["scored"], found["without_score"]) == (9, 1, 9)
+    assert (found["mean_score"], found["share_of_oracle"]) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
+def test_the_base_goes_by_its_names(server: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"query": NOBODYS, "adapter": BASE}, {"query": NOBODYS, "scores": {BASE: 0.5, "spell": 1}}]
+    assert main(["route", "eval", lines(tmp_path / "a.jsonl", rows), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["by_adapter"] == {"base": {"queries": 1, "accuracy": 1.0, "abstained": 1}}
+    assert (found["accuracy"], found["without_score"], found["mean_score"]) == (1.0, 0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ async def test_training_makes_a_rung_that_lasts(tmp_path: Path) -> None:
         response = await bench.client.post("/v1/router/train", json={})
         assert (response.status_code, response.json()["error"]["code"]) == (409, "already_training")
         state = await trained(bench)
-        assert state["training"] == {"status": "done", "error": None}
+        assert state["training"] == {"status": "done", "error": None, "rows": 16, "rows_left_out": 0}
         assert (state["scorer"]["version"], state["scorer"]["adapters"], state["scorer"]["rows"]) == (1, 2, 16)
         assert state["scorer"]["chosen"]
         (decision,) = await route(bench)

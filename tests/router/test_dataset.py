@@ -13,6 +13,7 @@ from loramux.router.scores.dataset import (
     ScoreTable,
     build_table,
     merge,
+    newest,
     read_scores,
 )
 
@@ -105,3 +106,11 @@ def test_the_metric_is_the_mean_over_groups_of_the_chosen_score() -> None:
     assert math.isnan(table.mean(np.full(5, nan)))
     unknown = ScoreTable(table.embeddings, np.array([[nan, 0.3, 0.9]] * 5), ("a", "b", "c"), table.groups)
     assert (unknown.chosen(np.array([[9, 2, 1]] * 5, np.float32)) == 0.3).all()
+
+
+def test_the_newest_that_fit() -> None:
+    rows = [ScoredQuery(f"q{i}", {"a": 1, "": 0} if i else {"a": 0, "b": 1}) for i in range(10)]
+    assert newest(rows, 2, 5 * 10) == rows
+    assert newest(rows, 2, 5 * 10 - 1) == rows[1:]
+    assert newest(rows, 2, 0) == rows[-1:]
+    assert newest([], 2, 10) == []

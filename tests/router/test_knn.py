@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support.encoders import clustered_table
 
+from loramux.router.scores.budget import NoRoomError
 from loramux.router.scores.dataset import ScoreTable
 from loramux.router.scores.knn import Neighbours
 
@@ -61,3 +62,30 @@ def test_updates_are_equal_to_a_refit() -> None:
 def test_hyperparameters_are_checked(k: int, temperature: float) -> None:
     with pytest.raises(ValueError, match="must be"):
         Neighbours.fit(clustered_table(10), k, temperature)
+
+
+def test_a_repeated_score_replaces_the_one_before() -> None:
+    table = clustered_table(40)
+    first = Neighbours.fit(table.rows(np.arange(30)), 5, 0.1)
+    grown = first.update(table.embeddings[25:], table.scores[25:] / 2, table.candidates)
+    halved = table.scores.copy()
+    halved[25:] /= 2
+    assert np.array_equal(grown.rows, Neighbours.fit(table, 5, 0.1).rows)
+    assert np.array_equal(grown.scores, halved)
+    new = clustered_table(1, seed=4)
+    opinions = np.array([[0.1, np.nan], [np.nan, 0.2], [0.3, np.nan]])
+    last = grown.update(new.embeddings[[0, 0, 0]], opinions, ["c1", "new"])
+    assert len(last.rows) == 41
+    assert np.array_equal(last.scores[40], [np.nan, 0.3, np.nan, np.nan, 0.2], equal_nan=True)
+    assert np.array_equal(first.scores, table.scores[:30]), "the scorer in use was changed"
+
+
+def test_growth_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = clustered_table(40)
+    first = Neighbours.fit(table.rows(np.arange(30)), 5, 0.1)
+    row = 12 * 4 + 4 * 8
+    monkeypatch.setattr("loramux.router.scores.knn.MAX_BYTES", 32 * row)
+    grown = first.update(table.embeddings[30:32], table.scores[30:32], table.candidates)
+    with pytest.raises(NoRoomError):
+        grown.update(table.embeddings[32:33], table.scores[32:33], table.candidates)
+    assert len(grown.update(table.embeddings[:20], table.scores[:20], table.candidates).rows) == 32

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.encoders import clustered_table
 
+from loramux.router.scores.budget import NoRoomError
 from loramux.router.scores.clusters import fit_clusters, kmeans
 from loramux.router.scores.features import Memberships, Partition
 from loramux.router.scores.ridge import GramSums, Ridge, RidgeStatistics, RowSums, Sums, collect, fit_groups
@@ -169,3 +170,41 @@ def test_groups_are_learnt_and_give_levels() -> None:
     assert (best == 3 - test_groups).mean() > 0.95
     with pytest.raises(ValueError, match='of one group; "group" in the score file'):
         fit_groups(replace(table, groups=np.zeros(200, np.int64)), 3.0)
+
+
+@pytest.mark.parametrize("rows", [4, 90])
+def test_a_repeated_score_replaces_the_one_before(rows: int) -> None:
+    """In rows and in sums, across updates and within one; scores of the training are not known one by one."""
+    table = clustered_table(rows)
+    first = Ridge.fit(table.columns(["c0", "c1"]), 2.0)
+    new = clustered_table(3, seed=4)
+    grown = first.update(new.embeddings, new.scores[:, :2], ["c0", "c1"])
+    once = first.update(new.embeddings, np.array([[0.25, 0.5], [0.75, *new.scores[1, 1:2]], new.scores[2, :2]]),
+                        ["c0", "c1"])  # fmt: skip
+    repeated = np.array([[0.0, 0.5], [0.75, np.nan], [0.25, np.nan]])
+    twice = grown.update(new.embeddings[[0, 1, 0]], repeated, ["c0", "c1"])
+    assert [group.sums.count for group in twice.statistics.groups] == [rows + 3]
+    assert twice.score(new.embeddings) == pytest.approx(once.score(new.embeddings), abs=1e-6)
+    assert grown.score(new.embeddings) != pytest.approx(once.score(new.embeddings), abs=1e-3), "it was changed itself"
+    again = twice.without(["c0"]).update(new.embeddings[:1], np.array([[1.0]]), ["c0"])
+    assert again.score(new.embeddings)[:, again.candidates.index("c0")] == pytest.approx([1, 1, 1])
+
+
+def test_growth_has_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = clustered_table(60)
+    ridge = Ridge.fit(table, 1.0)
+    one = ridge.statistics.nbytes
+    monkeypatch.setattr("loramux.router.scores.ridge.MAX_BYTES", 2 * one)
+    new = clustered_table(5, seed=4)
+    split = ridge.update(new.embeddings[:1], new.scores[:1, :1], ["c0"])
+    assert one < split.statistics.nbytes <= 2 * one
+    with pytest.raises(NoRoomError):
+        split.update(new.embeddings[1:2], new.scores[1:2, 1:2], ["c1"])
+    more = split.update(new.embeddings[1:4], new.scores[1:4, :1], ["c0"])  # sums take no more for more rows
+    assert more.statistics.nbytes == split.statistics.nbytes
+    monkeypatch.setattr("loramux.router.scores.ridge.MAX_BYTES", 0)
+    assert ridge.update(new.embeddings, new.scores, table.candidates).statistics.nbytes == one
+    monkeypatch.setattr("loramux.router.scores.ridge.MAX_TAKEN", 4)
+    with pytest.raises(NoRoomError):
+        more.update(new.embeddings[4:], new.scores[4:, :1], ["c0"])
+    more.update(new.embeddings[:1], new.scores[:1, :1], ["c0"])

@@ -146,6 +146,19 @@ def test_a_rare_candidate_may_be_missing_from_a_fold() -> None:
     assert all(math.isfinite(e.value) for e in selection.estimates)
 
 
+@pytest.mark.parametrize(("rows", "each"), [(12, 1), (60, 2)])
+def test_scores_too_thin_to_compare_are_an_error_that_counts_them(rows: int, each: int) -> None:
+    """No candidate is scored on two queries, so that none can be predicted from the others."""
+    table = clustered_table(rows)
+    keys = ("", *(f"a{i}" for i in range(1, rows * each)))
+    scores = np.full((rows, rows * each), np.nan)
+    scores[np.repeat(np.arange(rows), each), np.arange(rows * each)] = 0.5
+    thin = replace(table, scores=scores, candidates=keys)
+    with pytest.raises(ValueError, match=r"ridge, clustered ridge, knn: score each adapter on 5 queries") as caught:
+        select(thin, QUICK[:3], seed=0)
+    assert f"(the base has 1, a1 has 1, a2 has 1, a3 has 1, a4 has 1, {rows * each - 5} more" in str(caught.value)
+
+
 def test_a_family_that_cannot_be_fitted_is_reported_and_left_out() -> None:
     table = clustered_table(60)
     broken = RouterDCFamily((replace(HEAD.options[0], held_out=0.001),))

@@ -6,6 +6,7 @@ them in at once, and again after a restart. Everything is durable when a call re
 queries go.
 """
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -26,6 +27,7 @@ CREATE TABLE IF NOT EXISTS fresh (
     query INTEGER NOT NULL REFERENCES queries (id) ON DELETE CASCADE,
     candidate TEXT NOT NULL, total REAL NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (query, candidate)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS fresh_by_candidate ON fresh (candidate);
 CREATE TABLE IF NOT EXISTS retired (candidate TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
 """
 _KEPT_SHARE = 0.9  # of the bound, after the oldest queries went
@@ -87,19 +89,28 @@ class ScoreLedger:
 
         With `fresh` only the scores that came after the latest training.
         """
-        wanted = set(candidates)
         found: dict[int, tuple[str, str, dict[str, float]]] = {}
         for query, text, group, candidate, total, count in self._database.execute(
             'SELECT q.id, q.text, q."group", s.candidate, s.total, s.count'
-            f" FROM queries q JOIN {'fresh' if fresh else 'scores'} s ON s.query = q.id ORDER BY q.id, s.candidate"
+            f" FROM {'fresh' if fresh else 'scores'} s JOIN queries q ON q.id = s.query"
+            " WHERE s.candidate IN (SELECT value FROM json_each(?)) ORDER BY q.id, s.candidate",
+            (json.dumps(list(candidates)),),
         ):
-            if candidate in wanted:
-                found.setdefault(query, (text, group, {}))[2][candidate] = min(max(total / count, 0.0), 1.0)
+            found.setdefault(query, (text, group, {}))[2][candidate] = min(max(total / count, 0.0), 1.0)
         return [ScoredQuery(text, scores, group) for text, group, scores in found.values()]
 
     def fresh_candidates(self) -> list[str]:
         """Whoever was scored after the latest training."""
         return [str(row[0]) for row in self._database.execute("SELECT DISTINCT candidate FROM fresh")]
+
+    def fresh_counts(self, candidates: Iterable[str]) -> dict[str, int]:
+        """On how many queries each was scored after the latest training; those that were not are left out."""
+        found = self._database.execute(
+            "SELECT candidate, count(*) FROM fresh WHERE candidate IN (SELECT value FROM json_each(?))"
+            " GROUP BY candidate",
+            (json.dumps(list(candidates)),),
+        )
+        return {str(candidate): int(count) for candidate, count in found}
 
     def counts(self) -> tuple[int, int]:
         """(queries, scores) that are kept."""

@@ -1,18 +1,28 @@
-"""What recent requests asked and who answered, so that feedback can name a request instead of repeating its text."""
+"""What recent requests asked and who answered, so that feedback can name a request instead of repeating its text.
 
+And which adapters were deleted lately, so that no opinion of one counts for another that takes its name.
+"""
+
+import math
+import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from loramux.router.interface import BASE
 
 MAX_REQUESTS = 4096
 MAX_CHARS = 16 << 20
+MAX_DELETIONS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request: its text as it was routed, and the adapters that served it (none: the base)."""
+    """One request: its text as it was routed, the adapters that served it (none: the base), and since when
+    (`time.monotonic`)."""
 
     text: str
     adapters: tuple[str, ...]
+    at: float = field(default_factory=time.monotonic, compare=False)
 
 
 class RecentRequests:
@@ -36,3 +46,23 @@ class RecentRequests:
     def get(self, id: str) -> Served | None:
         """A request that is still remembered."""
         return self._served.get(id)
+
+
+class RecentDeletions:
+    """When adapters were deleted: the newest, bounded in number. Times are `time.monotonic`'s."""
+
+    def __init__(self, max_names: int = MAX_DELETIONS) -> None:
+        self._max_names = max_names
+        self._at: OrderedDict[str, float] = OrderedDict()
+        self._unknown_until = -math.inf
+
+    def add(self, key: str) -> None:
+        """The adapter is deleted now."""
+        self._at.pop(key, None)
+        self._at[key] = time.monotonic()
+        while len(self._at) > self._max_names:
+            _, self._unknown_until = self._at.popitem(last=False)
+
+    def since(self, key: str, at: float) -> bool:
+        """Whether the adapter was deleted at `at` or later; also True where that is no longer known. The base never."""
+        return key != BASE and self._at.get(key, self._unknown_until) >= at

@@ -49,6 +49,7 @@ class FeedbackRequest(RequestModel):
 
     The query is `input`, or that of a recent request by its id (`request_id`: the answer's `id`, or `x-request-id`).
     `adapter` is a name, or the base's; it may be left out for a request that one adapter, or the base, answered.
+    A user's key scores the base and other tenants' adapters only by `request_id`, of an answer that they gave it.
     `group` names a data set: means are means over groups, so that a large one does not outweigh a small one.
     """
 
