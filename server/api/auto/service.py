@@ -89,12 +89,13 @@ class RouterService:
         self._gallery: Gallery | None = None
         self._cache: EmbeddingCache | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._ended: dict[str, str] = {}  # parts whose work ended too early, and why
 
     # Life.
 
     def start(self) -> None:
         """Begins to list and to embed what the store has; queries are routed by what is there so far."""
-        self._tasks.append(asyncio.create_task(self._guarded(self._build), name="router"))
+        self._begin("router", self._build)
 
     async def stop(self) -> None:
         """Ends the work; what was embedded stays in the cache."""
@@ -109,30 +110,34 @@ class RouterService:
         if self._cache is not None:
             self._cache.close()
 
-    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Says when work that goes on for as long as the server ends before it."""
+    def _begin(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Starts work that goes on for as long as the server."""
+        self._tasks.append(asyncio.create_task(self._guarded(part, work), name=part))
+
+    async def _guarded(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Says, and keeps for the report, why work that goes on for as long as the server ends before it."""
         try:
             await work()
         except asyncio.CancelledError:
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("part of the router ended; `auto` answers by what is known so far")
-            raise
+            self._ended[part] = f"{type(error).__name__}: {error}"
         finally:
             self._listed.set()  # nobody waits for a list that will not come
 
     async def _build(self) -> None:
         await self._list()
         embedder = await self._embedder()
-        self._tasks.append(asyncio.create_task(self._guarded(self._weigh), name="router-weights"))
+        self._queries = CachedEmbedder(embedder, EmbeddingCache(max_bytes=QUERY_CACHE_BYTES))  # before any rung
+        self._begin("router-weights", self._weigh)
         kept = await self._kept(embedder)
         self._embedding = kept
-        await self.scores.load(kept)
-        self._tasks.append(asyncio.create_task(self._guarded(self.scores.watch), name="router-scorers"))
+        await self._guarded("router-scores", partial(self.scores.load, kept))
+        self._begin("router-scorers", self.scores.watch)
         if self._parts.base_examples:
             self._learner.add([(BASE, Texts(self._parts.base_examples, "examples"))], first=True)
         gallery = await self._restored(embedder)
-        self._queries = CachedEmbedder(embedder, EmbeddingCache(max_bytes=QUERY_CACHE_BYTES))
         self._gallery = gallery
         self._policy.use_gallery(gallery, embedder.name)
         await self._learner.run(kept, gallery, self._writer, self._wait_ready, self._save)
@@ -386,9 +391,12 @@ class RouterService:
                 "calibration": snapshot.calibration.describe(),
                 "threshold": snapshot.calibration.threshold,
             }
-        encoder = None if self._queries is None else {"name": self._queries.name, "dim": self._queries.dim}
+        encoder = None
+        if self._queries is not None and self._gallery is not None:
+            encoder = {"name": self._queries.name, "dim": self._queries.dim}
         return {
             "encoder": encoder,
+            "ended": dict(self._ended),
             "adapters": {
                 "registered": len(self._names),
                 "pending": self._learner.pending,
