@@ -317,8 +317,8 @@ class RouterService:
     ) -> Decision:
         """The choice for a query among the adapters that the tenant may use, but for those in `without`; all by key.
 
-        No `tenant` is nobody in particular: every adapter there is. Raises `RouterError` for options that cannot be
-        followed, `EngineError` when a probe cannot be answered.
+        No `tenant` is nobody in particular: every adapter there is. In the engine's queue the query's probes are the
+        tenant's. Raises `RouterError` for options that cannot be followed, `EngineError` for a probe without an answer.
         """
         await self._listed.wait()
         pool = await self._pool(tenant)
@@ -330,8 +330,8 @@ class RouterService:
         while plan is not None:
             if plan.encoder and row is None:
                 assert self._queries is not None  # there is no rung before there is an encoder
-                row = (await self._queries.embed([text], salt))[0]
-            states = await self._weights.states(text, salt) if plan.layers else None
+                row = (await self._queries.embed([text], salt, tenant or ""))[0]
+            states = await self._weights.states(text, salt, tenant or "") if plan.layers else None
             if states is None and len(plan.candidates) <= INLINE_CANDIDATES:
                 decision = plan.decide(row)
             else:
@@ -341,6 +341,10 @@ class RouterService:
             note = f"{decision.reason}; {self._learner.pending} adapters wait to be embedded"
             decision = replace(decision, reason=note)
         return decision
+
+    async def prompt_tokens(self, text: str) -> int:
+        """Tokens of the prompt by which the base looks at a query. Raises a 400 where the chat template refuses it."""
+        return len(await Prompts(self._renderer, self._parts.max_tokens).tokens_of(text[-QUERY_CHARS:]))
 
     async def _pool(self, tenant: str | None) -> Pool:
         """What the tenant may choose from; read again only when the store, or what is admitted of it, has changed."""

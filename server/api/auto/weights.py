@@ -55,14 +55,14 @@ class StateProbe:
         self._tokens = tokens
         self.layers = tuple(layers)
 
-    async def states(self, text: str, salt: str = "") -> Mapping[int, Floats]:
+    async def states(self, text: str, salt: str = "", tenant: str = "") -> Mapping[int, Floats]:
         """Layer -> float32 [tokens, hidden]; {} for a text that makes no two tokens. Raises `EngineError`."""
         tokens = await self._prompts.tokens_of(text)
         wanted = min(self._tokens, len(tokens) - 1)
         if wanted < 1:
             return {}
         name = f"states-{next(self._numbers)}"
-        data = await pooled(self._engine, name, tokens, PoolingParams(self.layers, wanted), salt)
+        data = await pooled(self._engine, name, tokens, PoolingParams(self.layers, wanted), salt, tenant=tenant)
         rows = np.frombuffer(data, "<f4").reshape(len(self.layers), wanted, -1)
         return {layer: np.asarray(part, np.float32) for layer, part in zip(self.layers, rows, strict=True)}
 
@@ -117,10 +117,10 @@ class WeightsRung:
             self._left_out.clear()
             self._wake.set()
 
-    async def states(self, text: str, salt: str) -> Mapping[int, Floats]:
+    async def states(self, text: str, salt: str, tenant: str) -> Mapping[int, Floats]:
         """What a query's decision needs. Raises `EngineError`."""
         assert self._probe is not None  # it came before the scorer
-        return await self._probe.states(text, salt)
+        return await self._probe.states(text, salt, tenant)
 
     async def run(self, engine: EngineClient, prompts: Prompts, ready: Callable[[], Awaitable[None]]) -> None:
         """Works until cancelled. `ready` gives something to wait for after the engine failed."""
