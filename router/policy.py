@@ -21,7 +21,7 @@ chose.
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -52,14 +52,20 @@ _POOLS = 16  # whose rungs are kept resolved
 class Pool:
     """The adapters that a caller may use. Made once and kept while it holds: what follows from it is cached by it.
 
-    `names` has each adapter once, never the base.
+    `names` has each adapter once, never the base. `called` gives what the caller calls an adapter, for what it is told
+    in words.
     """
 
-    __slots__ = ("known", "names")
+    __slots__ = ("called", "known", "names")
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], called: Callable[[str], str] = str) -> None:
         self.names = tuple(name for name in dict.fromkeys(names) if name != BASE)
         self.known = frozenset(self.names)
+        self.called = called
+
+    def without(self, gone: Collection[str]) -> "Pool":
+        """The same but for some."""
+        return Pool((name for name in self.names if name not in gone), self.called)
 
 
 class Query(Protocol):
@@ -145,6 +151,7 @@ class Plan:
 
     stages: tuple[_Stage, ...]
     options: RouteOptions
+    called: Callable[[str], str]
     note: str
     started: float
     max_set_size: int
@@ -196,8 +203,8 @@ class Plan:
         if not members:
             why = "no candidate has a score"
             if shown:
-                below = f"the best score, {shown[0][1]:.4g} of {shown[0][0]}, is below the threshold {threshold:.4g}"
-                why = f"{below} ({basis})"
+                best = f"{shown[0][1]:.4g} of {self.called(shown[0][0])}"
+                why = f"the best score, {best}, is below the threshold {threshold:.4g} ({basis})"
             return self._decision((), shown, threshold, f"{why}; {stage.note}", abstained=True)
         positions = choose(
             values[order[:members]],
@@ -380,7 +387,7 @@ class RouterPolicy:
         note = "" if stages else "there is no adapter to choose from"
         if not stages and pool.names:
             note = f"nothing is known of the {len(pool.names)} candidates"
-        return Plan(stages, options, note, started, self._max_set_size, self._max_scores)
+        return Plan(stages, options, pool.called, note, started, self._max_set_size, self._max_scores)
 
     def _current(self) -> _Rungs:
         """The rungs as they are now; made anew only when something was learnt."""
@@ -401,8 +408,8 @@ def _restricted(pool: Pool, candidates: Sequence[str]) -> Pool:
     """The candidates that a request asks for, each of which must be in its caller's pool."""
     for key in candidates:
         if key not in pool.known:
-            raise RouterError("candidates", f"there is no adapter {key!r} that you may use")
-    return Pool(candidates)
+            raise RouterError("candidates", f"there is no adapter {pool.called(key)!r} that you may use")
+    return Pool(candidates, pool.called)
 
 
 def _stages(pool: Pool, states: Mapping[Rung, _RungState]) -> tuple[_Stage, ...]:
@@ -456,4 +463,6 @@ def _coverage(pool: Pool, shares: Sequence[tuple[Rung, Sequence[str]]], left: Se
         said += f", {later} of {len(others)} more"
     if not left:
         return said
-    return f"{said}, not considered: {', '.join(left[:_NAMED])}{', ...' if len(left) > _NAMED else ''}"
+    return (
+        f"{said}, not considered: {', '.join(map(pool.called, left[:_NAMED]))}{', ...' if len(left) > _NAMED else ''}"
+    )

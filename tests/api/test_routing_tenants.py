@@ -1,12 +1,14 @@
 """Routing for several tenants: whose probes they are, what they cost, and what each is told."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api.harness import Bench, in_process, make_bench
-from api.test_routing import QUERY, SPELL, TALK, ready, teach
+from api.test_routing import NOBODYS, QUERY, SPELL, SUM, TALK, ready, teach
 from api.test_tenants import As
 
 from loramux.server.api.embeddings import LANES
@@ -85,3 +87,40 @@ async def test_routing_takes_the_callers_tokens(acme: As, monkeypatch: pytest.Mo
     response = await acme.ask("POST", "/v1/route", json={"input": [f"{n} {QUERY}" for n in range(64)]})
     assert (response.status_code, response.json()["error"]["type"]) == (429, "tokens")
     assert len(bench.engine.probes) == before
+
+
+async def test_reasons_and_refusals_are_in_the_callers_names(make: Callable[..., Any]) -> None:
+    """`rev` and `roman` are acme's own; the public `roman` is the local tenant's."""
+    bench = await make(base_examples=TALK, router_weights_bytes=0)
+    await ready(bench)
+    await teach(bench, "roman", SUM, 3, visibility="public")
+    acme = As(bench, "acme")
+    for name, seed, fields in (("rev", 4, {"examples": json.dumps(SPELL)}), ("mute", 5, {}), ("roman", 6, {})):
+        assert (await acme.upload(name, seed, **fields)).status_code == 201
+    (decision,) = (await acme.ask("POST", "/v1/route", json={"input": NOBODYS})).json()["data"]
+    assert f"of {decision['scores'][0]['name']}, is below" in decision["reason"]
+    assert "not considered: mute, roman" in decision["reason"]
+    asked = {"candidates": ["default/roman", "roman"], "policy": "examples", "threshold": 5}
+    (decision,) = (await acme.ask("POST", "/v1/route", json={"input": NOBODYS, "router": asked})).json()["data"]
+    assert "of default/roman, is below" in decision["reason"]
+    assert "not considered: roman" in decision["reason"]
+    for name in ("nobody", "default/nobody", "other/nobody"):
+        response = await acme.ask("POST", "/v1/route", json={"input": "a", "router": {"candidates": [name]}})
+        assert response.status_code == 400
+        assert f"there is no adapter {name!r} that you may use" in response.json()["error"]["message"]
+
+
+async def test_only_the_callers_adapters_are_waited_for(acme: As) -> None:
+    bench, other = acme.bench, As(acme.bench, "other")
+    for tenant in (acme, other):
+        await tenant.ask("POST", "/v1/route", json={"input": QUERY})  # its row is kept from here on
+    bench.engine.probe_gate = asyncio.Event()
+    before = len(bench.engine.probes)
+    upload = asyncio.create_task(other.upload("late", 7, examples=json.dumps(SUM)))
+    while len(bench.engine.probes) == before:
+        await asyncio.sleep(0.001)
+    for tenant, waits in ((acme, False), (other, True)):
+        (decision,) = (await tenant.ask("POST", "/v1/route", json={"input": QUERY})).json()["data"]
+        assert ("1 adapters wait to be embedded" in decision["reason"]) is waits
+    bench.engine.probe_gate.set()
+    await upload

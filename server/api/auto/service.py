@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from loramux.adapters_store.errors import AdapterNotFound
+from loramux.adapters_store.names import address_of
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.adapters_store.store import AdapterStore
 from loramux.router.encoders.cache import CacheError, EmbeddingCache
@@ -315,7 +316,8 @@ class RouterService:
         salt: str = "",
         without: Collection[str] = (),
     ) -> Decision:
-        """The choice for a query among the adapters that the tenant may use, but for those in `without`; all by key.
+        """The choice for a query among the adapters that the tenant may use, but for those in `without`; all by
+        key, and the reason in the tenant's own names.
 
         No `tenant` is nobody in particular: every adapter there is. In the engine's queue the query's probes are the
         tenant's. Raises `RouterError` for options that cannot be followed, `EngineError` for a probe without an answer.
@@ -323,7 +325,7 @@ class RouterService:
         await self._listed.wait()
         pool = await self._pool(tenant)
         if without:
-            pool = Pool(key for key in pool.names if key not in without)
+            pool = pool.without(without)
         text = text[-QUERY_CHARS:]
         row: Floats | None = None
         plan: Plan | None = self._policy.plan(pool, options)
@@ -337,9 +339,9 @@ class RouterService:
             else:
                 decision = await asyncio.get_running_loop().run_in_executor(self._scoring, plan.decide, row, states)
             plan = plan.after(decision)
-        if self._learner.pending:
-            note = f"{decision.reason}; {self._learner.pending} adapters wait to be embedded"
-            decision = replace(decision, reason=note)
+        waiting = self._learner.waiting(pool.known)
+        if waiting:
+            decision = replace(decision, reason=f"{decision.reason}; {waiting} adapters wait to be embedded")
         return decision
 
     async def prompt_tokens(self, text: str) -> int:
@@ -357,7 +359,7 @@ class RouterService:
             else:
                 visible = partial(self._store.visible_keys, tenant)
                 keys = await asyncio.get_running_loop().run_in_executor(self._scoring, visible)
-                pool = Pool(name for name in names if name in keys)
+                pool = Pool((name for name in names if name in keys), partial(address_of, tenant=tenant))
             self._scopes[tenant] = scope = _Scope(generation, changes, pool)
             while len(self._scopes) > MAX_SCOPES:
                 self._scopes.popitem(last=False)
