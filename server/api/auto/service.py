@@ -84,6 +84,7 @@ class RouterService:
         self._names: dict[str, int] = {}  # keys, and the version that is known
         self._gone: set[str] = set()  # deleted while the store was being listed
         self._changes = 0  # of the keys
+        self._deletions = 0
         self._scopes: OrderedDict[str | None, _Scope] = OrderedDict()
         self._listed = asyncio.Event()
         self._queries: CachedEmbedder | None = None
@@ -236,12 +237,14 @@ class RouterService:
 
     # The store's events.
 
-    async def learn(self, version: AdapterVersion) -> bool | None:
+    async def learn(self, key: str) -> bool | None:
         """An adapter is new, or its texts are. Whether they count already; None for an adapter without any.
 
-        Waits a bounded time for the embedding: with False they count later.
+        What counts is what the store holds now, whichever of several changes this call came of. Waits a bounded time
+        for the embedding: with False they count later.
         """
-        if not self._admit(version):
+        version = await self._current(key)
+        if version is None or not self._admit(version):
             return None
         texts = Texts.of(version)
         if texts is None:
@@ -276,6 +279,7 @@ class RouterService:
     async def deleted(self, key: str) -> None:
         """The adapter was deleted: no rung knows it when this returns, nor ever again whoever takes its name."""
         texts = self._learner.uncount(key)
+        self._deletions += 1
         self._dismiss(key)
 
         def forget() -> None:
@@ -297,13 +301,25 @@ class RouterService:
 
     async def recheck(self, key: str) -> None:
         """A chosen adapter could not be leased: the store's word replaces what the router believes of it."""
-        try:
-            version = await asyncio.get_running_loop().run_in_executor(self._writer, self._store.by_key, key)
-        except AdapterNotFound:
+        version = await self._current(key)
+        if version is not None and version.status != "ready":
             self._dismiss(key)
-        else:
-            if version.status != "ready":
+
+    async def _current(self, key: str) -> AdapterVersion | None:
+        """The adapter as the store has it; None for one that is gone, which is no candidate from now on.
+
+        The writer's thread answers in the order of calls, so that an older state never follows a newer one; a deletion
+        that was heard of while it read has it read again.
+        """
+        while True:
+            deletions = self._deletions
+            try:
+                version = await asyncio.get_running_loop().run_in_executor(self._writer, self._store.by_key, key)
+            except AdapterNotFound:
                 self._dismiss(key)
+                return None
+            if deletions == self._deletions:
+                return version
 
     # Queries.
 
