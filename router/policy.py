@@ -31,6 +31,7 @@ import numpy.typing as npt
 from loramux.router.gallery import Gallery, GallerySnapshot, nearest_threshold
 from loramux.router.interface import BASE, Floats, Scorer
 from loramux.router.options import RouteOptions, RouterError
+from loramux.router.scores.ridge import Ridge
 from loramux.router.sets import choose
 from loramux.router.weights_only import WeightsScorer
 
@@ -45,6 +46,7 @@ _REMEDY: Mapping[Rung, str] = {
     "examples": "upload the adapters with examples or a description, or use another policy",
     "weights": "no adapter has weights where the router looks, or none are read yet; use another policy",
 }
+LIGHT_CANDIDATES = 512  # with more, scoring them is work for a thread
 _NAMED = 3  # uncovered candidates that a reason names
 _POOLS = 16  # whose rungs are kept resolved
 
@@ -115,6 +117,13 @@ class _Stage:
     encoder: str = ""
     layers: tuple[int, ...] = ()
 
+    @property
+    def is_light(self) -> bool:
+        """See `Plan.is_light`. The gallery scores the stage's candidates, a scorer all of its own."""
+        if isinstance(self.source, GallerySnapshot):
+            return len(self.names) <= LIGHT_CANDIDATES
+        return isinstance(self.source, Ridge) and len(self.source.candidates) <= LIGHT_CANDIDATES
+
     def score(self, embedding: Floats | None, states: Mapping[int, Floats] | None) -> tuple[Floats, float | None, str]:
         """(score of each candidate, threshold, where the threshold is from)."""
         source = self.source
@@ -177,6 +186,11 @@ class Plan:
     def layers(self) -> tuple[int, ...]:
         """See the class."""
         return self.stages[0].layers if self.stages else ()
+
+    @property
+    def is_light(self) -> bool:
+        """Whether `decide` is one product with a small matrix at most: the gallery or a ridge of few candidates."""
+        return not self.stages or self.stages[0].is_light
 
     def after(self, decision: Decision) -> "Plan | None":
         """The plan that goes on where this one's `decision` left the query to the base; None when it stands."""
@@ -349,9 +363,9 @@ class RouterPolicy:
         """Removes an adapter from every rung. Scores and weights ignore the key until they get a new scorer."""
         with self._lock:
             known = self._known
-            if known.gallery is not None:
-                known.gallery.remove(key)
             self._known = replace(known, forgotten=known.forgotten | {key}, hidden=known.hidden | {key})
+        if known.gallery is not None:
+            known.gallery.remove(key)  # it may fit anew, which nobody who changes another rung waits for
 
     def decide(self, query: Query, allowed: Pool | Sequence[str], options: RouteOptions | None = None) -> Decision:
         """The decision for a query among the adapters that its caller may use. Raises RouterError; see `plan`."""

@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 FOLDER = "router"
 GALLERY = "gallery"
 QUERY_CACHE_BYTES = 8 << 20
-INLINE_CANDIDATES = 512  # with more the scores are computed in a thread
 LEARN_SECONDS = 10.0
 ENGINE_SECONDS = 0.2
 LIST_PAGE = 500
@@ -350,7 +349,7 @@ class RouterService:
                 assert self._queries is not None  # there is no rung before there is an encoder
                 row = (await self._queries.embed([text], salt, tenant or ""))[0]
             states = await self._weights.states(text, salt, tenant or "") if plan.layers else None
-            if states is None and len(plan.candidates) <= INLINE_CANDIDATES:
+            if plan.is_light:
                 decision = plan.decide(row)
             else:
                 decision = await asyncio.get_running_loop().run_in_executor(self._scoring, plan.decide, row, states)
