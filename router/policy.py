@@ -33,6 +33,7 @@ from loramux.router.interface import BASE, Floats, Scorer
 from loramux.router.options import RouteOptions, RouterError
 from loramux.router.scores.ridge import Ridge
 from loramux.router.sets import choose
+from loramux.router.units import unit_of
 from loramux.router.weights_only import WeightsScorer
 
 Rung = Literal["scores", "examples", "weights"]
@@ -40,7 +41,10 @@ Places = npt.NDArray[np.int64]
 
 RUNGS: tuple[Rung, ...] = ("scores", "examples", "weights")
 TEMPERATURE: Mapping[Rung, float] = {"scores": 0.1, "examples": 0.03, "weights": 0.5}  # in the units of their scores
-"""The examples' is the likeliest (of 0.02 to 0.2) for held-out prompts of the demo's adapters in new wordings."""
+"""The scores' is for what predicts scores of 0 to 1; `unit_of` brings other scorers' values to that.
+
+The examples' is the likeliest (of 0.02 to 0.2) for held-out prompts of the demo's adapters in new wordings.
+"""
 _REMEDY: Mapping[Rung, str] = {
     "scores": "train a scorer on scores of these adapters, or use another policy",
     "examples": "upload the adapters with examples or a description, or use another policy",
@@ -116,6 +120,12 @@ class _Stage:
     note: str
     encoder: str = ""
     layers: tuple[int, ...] = ()
+
+    @property
+    def temperature(self) -> float:
+        """What divides the scores before the softmax where a request does not say."""
+        known = isinstance(self.source, GallerySnapshot | WeightsScorer)
+        return TEMPERATURE[self.rung] * (1.0 if known else unit_of(self.source))
 
     @property
     def is_light(self) -> bool:
@@ -222,7 +232,7 @@ class Plan:
             return self._decision((), shown, threshold, f"{why}; {stage.note}", abstained=True)
         positions = choose(
             values[order[:members]],
-            temperature=self.options.temperature or TEMPERATURE[stage.rung],
+            temperature=self.options.temperature or stage.temperature,
             top_k=self.options.top_k,
             top_p=top_p,
             max_size=self.max_set_size,

@@ -17,7 +17,10 @@ from loramux.router.scores.dataset import ScoredQuery, ScoreTable, build_table
 from loramux.router.scores.ensemble import Ensemble
 from loramux.router.scores.knn import Neighbours
 from loramux.router.scores.ridge import Ridge
+from loramux.router.scores.routerdc import RouterDC
+from loramux.router.units import unit_of
 from loramux.router.weights_only import AdapterFactors, Reference, WeightsScorer
+from loramux.server.api.auto.scoring import Restricted
 
 DIM = 8
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -201,6 +204,22 @@ def test_sets(policy: RouterPolicy) -> None:
     assert len(policy.decide(AskedQuery(), list("abcd"), both).chosen) == 2
     one = options(policy="scores", top_k=2)  # a is below the base's score: every member must pass
     assert policy.decide(AskedQuery(), ["a", "b"], one).chosen == (("b", 1.0),)
+
+
+def test_sets_are_the_same_whatever_the_scorers_units() -> None:
+    """An ensemble of f and f over their scales s and t is (1/s + 1/t) f."""
+    plain = TableScorer({"a": 0.5, "b": 0.4, "c": 0.35, BASE: 0.0})
+    mixed = Ensemble((plain, plain), (0.1, 0.04))
+    found = []
+    for scorer in (plain, mixed, Restricted.without(mixed, ["c"])):
+        policy = RouterPolicy()
+        policy.use_scorer(scorer, "e")
+        found.append(policy.decide(AskedQuery(), ["a", "b"], options(top_k=2)).chosen)
+    assert found[0] == (("a", 12 / 16), ("b", 4 / 16))  # e / (e + 1) = 0.73
+    assert found[1:] == found[:1] * 2
+    head = RouterDC(("a", "b"), AXES[:2], None, 0.5)
+    assert unit_of(head) == 4  # from -2 to 2
+    assert unit_of(Ensemble((head, TableScorer({"a": 1.0, "b": 0.0})), (2.0, 0.5))) == 4
 
 
 def test_scores_are_shown_best_first_and_bounded() -> None:
