@@ -124,8 +124,8 @@ class _Stage:
     @property
     def temperature(self) -> float:
         """What divides the scores before the softmax where a request does not say."""
-        known = isinstance(self.source, GallerySnapshot | WeightsScorer)
-        return TEMPERATURE[self.rung] * (1.0 if known else unit_of(self.source))
+        unit = 1.0 if isinstance(self.source, GallerySnapshot | WeightsScorer) else unit_of(self.source)
+        return TEMPERATURE[self.rung] * unit
 
     @property
     def is_light(self) -> bool:
