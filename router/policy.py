@@ -21,7 +21,7 @@ chose.
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -31,7 +31,9 @@ import numpy.typing as npt
 from loramux.router.gallery import Gallery, GallerySnapshot, nearest_threshold
 from loramux.router.interface import BASE, Floats, Scorer
 from loramux.router.options import RouteOptions, RouterError
+from loramux.router.scores.ridge import Ridge
 from loramux.router.sets import choose
+from loramux.router.units import unit_of
 from loramux.router.weights_only import WeightsScorer
 
 Rung = Literal["scores", "examples", "weights"]
@@ -39,12 +41,16 @@ Places = npt.NDArray[np.int64]
 
 RUNGS: tuple[Rung, ...] = ("scores", "examples", "weights")
 TEMPERATURE: Mapping[Rung, float] = {"scores": 0.1, "examples": 0.03, "weights": 0.5}  # in the units of their scores
-"""The examples' is the likeliest (of 0.02 to 0.2) for held-out prompts of the demo's adapters in new wordings."""
+"""The scores' is for what predicts scores of 0 to 1; `unit_of` brings other scorers' values to that.
+
+The examples' is the likeliest (of 0.02 to 0.2) for held-out prompts of the demo's adapters in new wordings.
+"""
 _REMEDY: Mapping[Rung, str] = {
     "scores": "train a scorer on scores of these adapters, or use another policy",
     "examples": "upload the adapters with examples or a description, or use another policy",
     "weights": "no adapter has weights where the router looks, or none are read yet; use another policy",
 }
+LIGHT_CANDIDATES = 512  # with more, scoring them is work for a thread
 _NAMED = 3  # uncovered candidates that a reason names
 _POOLS = 16  # whose rungs are kept resolved
 
@@ -52,14 +58,20 @@ _POOLS = 16  # whose rungs are kept resolved
 class Pool:
     """The adapters that a caller may use. Made once and kept while it holds: what follows from it is cached by it.
 
-    `names` has each adapter once, never the base.
+    `names` has each adapter once, never the base. `called` gives what the caller calls an adapter, for what it is told
+    in words.
     """
 
-    __slots__ = ("known", "names")
+    __slots__ = ("called", "known", "names")
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], called: Callable[[str], str] = str) -> None:
         self.names = tuple(name for name in dict.fromkeys(names) if name != BASE)
         self.known = frozenset(self.names)
+        self.called = called
+
+    def without(self, gone: Collection[str]) -> "Pool":
+        """The same but for some."""
+        return Pool((name for name in self.names if name not in gone), self.called)
 
 
 class Query(Protocol):
@@ -109,6 +121,19 @@ class _Stage:
     encoder: str = ""
     layers: tuple[int, ...] = ()
 
+    @property
+    def temperature(self) -> float:
+        """What divides the scores before the softmax where a request does not say."""
+        unit = 1.0 if isinstance(self.source, GallerySnapshot | WeightsScorer) else unit_of(self.source)
+        return TEMPERATURE[self.rung] * unit
+
+    @property
+    def is_light(self) -> bool:
+        """See `Plan.is_light`. The gallery scores the stage's candidates, a scorer all of its own."""
+        if isinstance(self.source, GallerySnapshot):
+            return len(self.names) <= LIGHT_CANDIDATES
+        return isinstance(self.source, Ridge) and len(self.source.candidates) <= LIGHT_CANDIDATES
+
     def score(self, embedding: Floats | None, states: Mapping[int, Floats] | None) -> tuple[Floats, float | None, str]:
         """(score of each candidate, threshold, where the threshold is from)."""
         source = self.source
@@ -145,6 +170,7 @@ class Plan:
 
     stages: tuple[_Stage, ...]
     options: RouteOptions
+    called: Callable[[str], str]
     note: str
     started: float
     max_set_size: int
@@ -171,6 +197,11 @@ class Plan:
         """See the class."""
         return self.stages[0].layers if self.stages else ()
 
+    @property
+    def is_light(self) -> bool:
+        """Whether `decide` is one product with a small matrix at most: the gallery or a ridge of few candidates."""
+        return not self.stages or self.stages[0].is_light
+
     def after(self, decision: Decision) -> "Plan | None":
         """The plan that goes on where this one's `decision` left the query to the base; None when it stands."""
         if not decision.abstained or len(self.stages) < 2:
@@ -196,12 +227,12 @@ class Plan:
         if not members:
             why = "no candidate has a score"
             if shown:
-                below = f"the best score, {shown[0][1]:.4g} of {shown[0][0]}, is below the threshold {threshold:.4g}"
-                why = f"{below} ({basis})"
+                best = f"{shown[0][1]:.4g} of {self.called(shown[0][0])}"
+                why = f"the best score, {best}, is below the threshold {threshold:.4g} ({basis})"
             return self._decision((), shown, threshold, f"{why}; {stage.note}", abstained=True)
         positions = choose(
             values[order[:members]],
-            temperature=self.options.temperature or TEMPERATURE[stage.rung],
+            temperature=self.options.temperature or stage.temperature,
             top_k=self.options.top_k,
             top_p=top_p,
             max_size=self.max_set_size,
@@ -342,9 +373,9 @@ class RouterPolicy:
         """Removes an adapter from every rung. Scores and weights ignore the key until they get a new scorer."""
         with self._lock:
             known = self._known
-            if known.gallery is not None:
-                known.gallery.remove(key)
             self._known = replace(known, forgotten=known.forgotten | {key}, hidden=known.hidden | {key})
+        if known.gallery is not None:
+            known.gallery.remove(key)  # it may fit anew, which nobody who changes another rung waits for
 
     def decide(self, query: Query, allowed: Pool | Sequence[str], options: RouteOptions | None = None) -> Decision:
         """The decision for a query among the adapters that its caller may use. Raises RouterError; see `plan`."""
@@ -380,7 +411,7 @@ class RouterPolicy:
         note = "" if stages else "there is no adapter to choose from"
         if not stages and pool.names:
             note = f"nothing is known of the {len(pool.names)} candidates"
-        return Plan(stages, options, note, started, self._max_set_size, self._max_scores)
+        return Plan(stages, options, pool.called, note, started, self._max_set_size, self._max_scores)
 
     def _current(self) -> _Rungs:
         """The rungs as they are now; made anew only when something was learnt."""
@@ -401,8 +432,8 @@ def _restricted(pool: Pool, candidates: Sequence[str]) -> Pool:
     """The candidates that a request asks for, each of which must be in its caller's pool."""
     for key in candidates:
         if key not in pool.known:
-            raise RouterError("candidates", f"there is no adapter {key!r} that you may use")
-    return Pool(candidates)
+            raise RouterError("candidates", f"there is no adapter {pool.called(key)!r} that you may use")
+    return Pool(candidates, pool.called)
 
 
 def _stages(pool: Pool, states: Mapping[Rung, _RungState]) -> tuple[_Stage, ...]:
@@ -456,4 +487,6 @@ def _coverage(pool: Pool, shares: Sequence[tuple[Rung, Sequence[str]]], left: Se
         said += f", {later} of {len(others)} more"
     if not left:
         return said
-    return f"{said}, not considered: {', '.join(left[:_NAMED])}{', ...' if len(left) > _NAMED else ''}"
+    return (
+        f"{said}, not considered: {', '.join(map(pool.called, left[:_NAMED]))}{', ...' if len(left) > _NAMED else ''}"
+    )

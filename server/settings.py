@@ -152,7 +152,8 @@ class Settings(BaseSettings):
     router: Literal["on", "off"] = Field("on", description="answer model `auto` by the adapter that a query needs")
     router_encoder: str = Field(
         "base+ngram", min_length=1,
-        description="what embeds queries: base (hidden states), ngram, base+ngram, or a sentence encoder by path",
+        description="what embeds queries: base (hidden states), ngram, base+ngram, or a sentence encoder by path, "
+        "as PATH or PATH+ngram",
     )  # fmt: skip
     router_layer: int | None = Field(None, ge=0, description="layer of the base's states (default: the middle one)")
     router_max_tokens: int = Field(512, ge=16, description="tokens of a query that the base looks at: its last ones")

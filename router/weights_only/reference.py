@@ -18,6 +18,7 @@ from loramux.router.gallery.metric import Metric, whitening
 from loramux.router.interface import Floats
 
 SHRINKAGE = 0.03
+MIN_PROMPTS = 2  # with fewer there is no spread
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,9 +35,9 @@ class Reference:
 
     @classmethod
     def fit(cls, prompts: Sequence[Mapping[int, Floats]], *, own: bool) -> "Reference":
-        """Of the states of every prompt, layer -> [tokens, dim]. Raises ValueError for fewer than two prompts."""
-        if len(prompts) < 2:
-            raise ValueError("a reference needs at least two prompts, or there is no spread")
+        """Of the states of every prompt, layer -> [tokens, dim]. Raises ValueError for fewer than `MIN_PROMPTS`."""
+        if len(prompts) < MIN_PROMPTS:
+            raise ValueError(f"a reference needs at least {MIN_PROMPTS} prompts, or there is no spread")
         metrics, tokens = {}, {}
         for layer in sorted(prompts[0]):
             rows = np.concatenate([prompt[layer] for prompt in prompts])

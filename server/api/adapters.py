@@ -122,7 +122,7 @@ async def take_in(
     if result.adapter.key in state.pinned:
         await _repin(state, result.adapter)
     await state.count_store()
-    return result, await _learn(state, result.adapter)
+    return result, await _learn(state, result.adapter.key)
 
 
 async def take_out(state: ServerState, caller: Caller, name: str) -> AdapterVersion:
@@ -202,7 +202,7 @@ async def update_adapter(name: str, patch: AdapterPatch, state: State, caller: F
         version = await state.in_store(state.store.update, version.name, owner=caller.tenant, **changes)
     if patch.pinned is not None:
         await _pin(state, version, patch.pinned, caller.limits.pinned)
-    headers = await _learn(state, version) if changes else {}
+    headers = await _learn(state, version.key) if changes else {}
     return Response(AdapterView(state, caller).of(version).json_text(), media_type=JSON, headers=headers)
 
 
@@ -220,11 +220,11 @@ def _over_quota(error: QuotaExceeded) -> APIError:
     return APIError(error.status, f"{error}.", type="adapters", param=error.field, code=error.code, headers=headers)
 
 
-async def _learn(state: ServerState, version: AdapterVersion) -> dict[str, str]:
-    """Tells the router. `x-loramux-router`: `ready` when the texts count, `pending` while they are being embedded."""
+async def _learn(state: ServerState, key: str) -> dict[str, str]:
+    """Tells the router of a change. `x-loramux-router`: `ready` when the texts count, `pending` before."""
     if state.router is None:
         return {}
-    learned = await state.router.learn(version)
+    learned = await state.router.learn(key)
     return {} if learned is None else {"x-loramux-router": "ready" if learned else "pending"}
 
 

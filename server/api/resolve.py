@@ -198,6 +198,11 @@ class Query:
     caller: Caller
 
     @property
+    def explain(self) -> bool:
+        """Whether the client asks for the router's reason."""
+        return self.params is not None and bool(self.params.explain)
+
+    @property
     def engine_salt(self) -> str:
         """What separates its caches from other tenants'."""
         return self.caller.salt(self.salt)
@@ -246,7 +251,11 @@ async def _named(
         shadow = None
         if state.shadow is not None and query.text is not None:
             actual = frozenset(version.key for version in leases.held)
-            shadow = state.shadow.offer(query.text(), _options(query), query.engine_salt, actual, query.caller.tenant)
+            shadow = state.shadow.offer(
+                ShadowTicket(
+                    query.text(), _options(query), query.engine_salt, actual, query.caller.tenant, explain=query.explain
+                )
+            )
         _remember(state, query, leases.held)
         adapters_held = tuple(zip(leases.held, weights, strict=True))
         yield Selection(model, adapters_held, admission, query.engine_salt, shadow=shadow)
@@ -266,7 +275,6 @@ async def _routed(state: ServerState, query: Query, admission: Admission) -> Asy
     router = state.require_router()
     if query.text is None:
         raise bad_request(f"Model {AUTO!r} routes one prompt per request: send a request for each.", "prompt")
-    explain = query.params is not None and bool(query.params.explain)
     options, text, tenant = _options(query), query.text(), query.caller.tenant
     gone: set[str] = set()
     milliseconds = 0.0
@@ -297,12 +305,12 @@ async def _routed(state: ServerState, query: Query, admission: Admission) -> Asy
             decision = replace(decision, chosen=tuple((v.key, w) for v, w in members), reason=note)
         state.metrics.routed(decision, state.settings.base_name)
         _remember(state, query, [version for version, _ in members])
-        report = report_of(addressed(decision, tenant), explain=explain)
+        report = report_of(addressed(decision, tenant), explain=query.explain)
         yield Selection(AUTO, members, admission, query.engine_salt, report=report)
 
 
 def addressed(decision: Decision, tenant: str) -> Decision:
-    """The decision with adapters named as `tenant` calls them."""
+    """The decision with adapters named as `tenant` calls them, as its reason names them already."""
     chosen = tuple((address_of(key, tenant), weight) for key, weight in decision.chosen)
     scores = tuple((key and address_of(key, tenant), score) for key, score in decision.scores)
     return replace(decision, chosen=chosen, scores=scores)

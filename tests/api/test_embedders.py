@@ -105,15 +105,19 @@ async def test_encoders_by_their_setting(threads: ThreadPoolExecutor, tmp_path: 
     await engine.start()
     renderer = Renderer(byte_tokenizer())
     folder = save_encoder(tmp_path / "encoder")
-    dims = {}
-    for spec in ("base", "ngram", "base+ngram", "ngram+base", str(folder)):
+    dims, names = {}, {}
+    for spec in (
+        "base", "ngram", "base+ngram", "ngram+base", str(folder), f"{folder}+ngram", f"ngram+{folder}",
+    ):  # fmt: skip
         parts = prepare(load_settings({"router_encoder": spec}), demo_base_path(), 4)
         assert parts is not None
         assert parts.base_examples == demo_base_examples()
         embedder = parts.embedder(engine, renderer, threads)
         dims[spec] = embedder.dim
+        names[spec] = embedder.name
         assert (await embedder.embed(["w1 w2", "w3"])).shape == (2, embedder.dim)
-    assert list(dims.values()) == [STATES, NGRAM_DIM, STATES + NGRAM_DIM, STATES + NGRAM_DIM, 16]
+    assert list(dims.values()) == [STATES, NGRAM_DIM, STATES + NGRAM_DIM, STATES + NGRAM_DIM, 16, *[16 + NGRAM_DIM] * 2]
+    assert names[f"{folder}+ngram"] == names[f"ngram+{folder}"] != names[str(folder)]
     assert prepare(load_settings({"router": "off"}), demo_base_path(), 4) is None
     for name, value in (("router_encoder", "base+base"), ("router_layer", "5")):
         with pytest.raises(RouterSetupError, match=flag_of(name)):

@@ -459,7 +459,7 @@ async def test_what_the_store_lost_is_no_candidate_of_a_tenants(taught: Bench) -
     taught.store.delete("spell")  # the router does not hear of it: the store's generation says it
     assert [name for name, _ in (await service.decide(QUERY, options, tenant="default")).scores] == ["sum"]
     assert (await service.decide(QUERY, options, tenant="stranger")).rung == "none"
-    with pytest.raises(RouterError, match="there is no adapter 'sum' that you may use"):
+    with pytest.raises(RouterError, match="there is no adapter 'default/sum' that you may use"):
         await service.decide(QUERY, RouteOptions(candidates=("sum",)), tenant="stranger")
 
 

@@ -12,8 +12,15 @@ from loramux.kernels.lora.interface import ModuleWeights
 from loramux.router.gallery import Gallery
 from loramux.router.interface import BASE, Floats
 from loramux.router.options import RouteOptions, RouterError
-from loramux.router.policy import Decision, Pool, RouterPolicy, best_places
+from loramux.router.policy import LIGHT_CANDIDATES, Decision, Pool, RouterPolicy, best_places
+from loramux.router.scores.dataset import ScoredQuery, ScoreTable, build_table
+from loramux.router.scores.ensemble import Ensemble
+from loramux.router.scores.knn import Neighbours
+from loramux.router.scores.ridge import Ridge
+from loramux.router.scores.routerdc import RouterDC
+from loramux.router.units import unit_of
 from loramux.router.weights_only import AdapterFactors, Reference, WeightsScorer
+from loramux.server.api.auto.scoring import Restricted
 
 DIM = 8
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -197,6 +204,22 @@ def test_sets(policy: RouterPolicy) -> None:
     assert len(policy.decide(AskedQuery(), list("abcd"), both).chosen) == 2
     one = options(policy="scores", top_k=2)  # a is below the base's score: every member must pass
     assert policy.decide(AskedQuery(), ["a", "b"], one).chosen == (("b", 1.0),)
+
+
+def test_sets_are_the_same_whatever_the_scorers_units() -> None:
+    """An ensemble of f and f over their scales s and t is (1/s + 1/t) f."""
+    plain = TableScorer({"a": 0.5, "b": 0.4, "c": 0.35, BASE: 0.0})
+    mixed = Ensemble((plain, plain), (0.1, 0.04))
+    found = []
+    for scorer in (plain, mixed, Restricted.without(mixed, ["c"])):
+        policy = RouterPolicy()
+        policy.use_scorer(scorer, "e")
+        found.append(policy.decide(AskedQuery(), ["a", "b"], options(top_k=2)).chosen)
+    assert found[0] == (("a", 12 / 16), ("b", 4 / 16))  # e / (e + 1) = 0.73
+    assert found[1:] == found[:1] * 2
+    head = RouterDC(("a", "b"), AXES[:2], None, 0.5)
+    assert unit_of(head) == 4  # from -2 to 2
+    assert unit_of(Ensemble((head, TableScorer({"a": 1.0, "b": 0.0})), (2.0, 0.5))) == 4
 
 
 def test_scores_are_shown_best_first_and_bounded() -> None:
@@ -385,3 +408,68 @@ def test_decisions_while_adapters_come_and_go(policy: RouterPolicy) -> None:
     assert decisions
     assert {d.chosen for d in decisions} == {(("b", 1.0),)}
     assert "c" not in dict(after.scores)
+
+
+FEW = [f"a{i}" for i in range(3)]
+MANY = [f"a{i}" for i in range(LIGHT_CANDIDATES + 1)]
+
+
+def table(names: list[str]) -> ScoreTable:
+    rows = [ScoredQuery(f"query {axis}", dict.fromkeys(names, axis / DIM)) for axis in range(DIM)]
+    return build_table(rows, AXES)
+
+
+@pytest.mark.parametrize(("names", "light"), [(FEW, True), (MANY, False)])
+def test_products_with_small_matrices_are_light(names: list[str], light: bool) -> None:
+    ridge = Ridge.fit(table(names), 1.0)
+    policy = RouterPolicy()
+    policy.use_scorer(ridge, "e")
+    assert policy.plan(names).is_light is light
+    assert policy.plan(FEW).is_light is light  # a scorer scores all that it knows
+    for heavy in (
+        Neighbours.fit(table(names), 3, 0.1),
+        Ensemble((ridge,), (1.0,)),
+        TableScorer(dict.fromkeys(names, 1.0)),
+    ):
+        policy.use_scorer(heavy, "e")
+        assert not policy.plan(FEW).is_light
+    policy.use_scorer(None)
+    policy.use_gallery(gallery(dict.fromkeys(names, 0), examples=1), "e")
+    assert policy.plan(names).is_light is light
+    assert policy.plan(FEW).is_light
+
+
+def test_weights_are_not_light_and_nothing_is() -> None:
+    policy = RouterPolicy()
+    policy.use_weights(weights({"a": 0}))
+    assert not policy.plan(["a"]).is_light
+    assert policy.plan([]).is_light
+    assert policy.plan(["unknown"]).is_light
+
+
+def test_the_other_rungs_change_while_the_gallery_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    removing, go_on = threading.Event(), threading.Event()
+    made = gallery({"a": 0, "b": 1})
+    remove = made.remove
+
+    def slow(*keys: str) -> None:
+        removing.set()
+        go_on.wait()
+        remove(*keys)
+
+    monkeypatch.setattr(made, "remove", slow)
+    policy = RouterPolicy()
+    policy.use_gallery(made, "e")
+    forgetting = threading.Thread(target=policy.forget, args=("a",))
+    changing = threading.Thread(target=policy.use_weights, args=(weights({"c": 2}),))
+    forgetting.start()
+    removing.wait()
+    changing.start()
+    changing.join(10)
+    waited = changing.is_alive()
+    go_on.set()
+    forgetting.join()
+    changing.join()
+    assert not waited
+    assert policy.plan(["c"]).rung == "weights"
+    assert policy.plan(["a", "b"]).candidates == ("b",)

@@ -92,7 +92,7 @@ def test_whitened_reference_tokens_have_no_mean_and_no_long_direction() -> None:
         lengths = np.linalg.svd(whitened, compute_uv=False)
         assert lengths[0] < 3 * lengths[len(lengths) // 2]
         assert ground.whiten({layer: whitened})[layer].shape == whitened.shape
-    with pytest.raises(ValueError, match="two prompts"):
+    with pytest.raises(ValueError, match="at least 2 prompts"):
         Reference.fit([{0: tokens(0).numpy()}], own=True)
 
 

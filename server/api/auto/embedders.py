@@ -32,8 +32,9 @@ class Embedder(Protocol):
     @property
     def dim(self) -> int: ...
 
-    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
-        """float32 [len(texts), dim]. `salt` separates what one caller's texts leave in caches from other callers'."""
+    async def embed(self, texts: Sequence[str], salt: str = "", tenant: str = "") -> Floats:
+        """float32 [len(texts), dim]. `salt` separates what one caller's texts leave in caches from other callers';
+        `tenant` is whose turn in the engine's queue it is, "" the router's own."""
         ...
 
 
@@ -57,16 +58,16 @@ class ProbeEmbedder:
     def dim(self) -> int:
         return self._states.dim
 
-    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+    async def embed(self, texts: Sequence[str], salt: str = "", tenant: str = "") -> Floats:
         """See `Embedder.embed`. Raises a 400 where the chat template refuses a text."""
         if len(texts) == 1:
-            return (await self._row(texts[0], salt))[None]
+            return (await self._row(texts[0], salt, tenant))[None]
         rows = np.zeros((len(texts), self.dim), np.float32)
         left = iter(enumerate(texts))
 
         async def work() -> None:
             for index, text in left:  # shared: each worker takes the next text that nobody has
-                rows[index] = await self._row(text, salt)
+                rows[index] = await self._row(text, salt, tenant)
 
         workers = [asyncio.create_task(work()) for _ in range(min(self._at_once, len(texts)))]
         try:
@@ -76,12 +77,13 @@ class ProbeEmbedder:
                 worker.cancel()
         return rows
 
-    async def _row(self, text: str, salt: str) -> Floats:
+    async def _row(self, text: str, salt: str, tenant: str) -> Floats:
         tokens = await self._states.prompts.tokens_of(text)
         if not tokens:
             return np.zeros(self.dim, np.float32)
         name = f"probe-{next(self._numbers)}"
-        return self._states.row(await pooled(self._engine, name, tokens, self._states.pooling, salt))
+        data = await pooled(self._engine, name, tokens, self._states.pooling, salt, tenant=tenant)
+        return self._states.row(data)
 
 
 class LocalEmbedder:
@@ -101,8 +103,8 @@ class LocalEmbedder:
     def dim(self) -> int:
         return self._encoder.dim
 
-    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
-        """See `Embedder.embed`; nothing is kept, so `salt` has nothing to separate."""
+    async def embed(self, texts: Sequence[str], salt: str = "", tenant: str = "") -> Floats:
+        """See `Embedder.embed`; nothing is kept and no engine asked, so that it is the same for every caller."""
         future: asyncio.Future[Floats] = asyncio.get_running_loop().create_future()
         self._waiting.append((texts, future))
         if self._running is None:
@@ -150,9 +152,9 @@ class JoinedEmbedder:
         self.name = f"joined-{hashlib.sha256(names.encode()).hexdigest()[:32]}"
         self.dim = sum(part.dim for part in parts)
 
-    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+    async def embed(self, texts: Sequence[str], salt: str = "", tenant: str = "") -> Floats:
         """See `Embedder.embed`; the parts work at the same time."""
-        rows = await asyncio.gather(*(part.embed(texts, salt) for part in self._parts))
+        rows = await asyncio.gather(*(part.embed(texts, salt, tenant) for part in self._parts))
         return np.asarray(np.concatenate(rows, axis=1) / np.sqrt(len(rows)), dtype=np.float32)
 
 
@@ -175,7 +177,7 @@ class CachedEmbedder:
     def dim(self) -> int:
         return self._embedder.dim
 
-    async def embed(self, texts: Sequence[str], salt: str = "") -> Floats:
+    async def embed(self, texts: Sequence[str], salt: str = "", tenant: str = "") -> Floats:
         """See `Embedder.embed`."""
         keys = [self._key(text, salt) for text in texts]
         known: dict[bytes, bytes] = {}
@@ -185,7 +187,7 @@ class CachedEmbedder:
             logger.error("%s", error)
         fresh = {key: text for key, text in zip(keys, texts, strict=True) if len(known.get(key, b"")) != 4 * self.dim}
         if fresh:
-            rows = await self._embedder.embed(list(fresh.values()), salt)
+            rows = await self._embedder.embed(list(fresh.values()), salt, tenant)
             found = {key: row.astype("<f4").tobytes() for key, row in zip(fresh, rows, strict=True)}
             known |= found
             try:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -73,6 +73,10 @@ class Learner:
     def pending(self) -> int:
         """Adapters whose texts do not count yet."""
         return sum(key != BASE for key in self._todo) + sum(key != BASE for key in self._flying)
+
+    def waiting(self, keys: Collection[str]) -> int:
+        """How many of these adapters have texts that do not count yet."""
+        return sum(key in keys for key in self._todo) + sum(key in keys for key in self._flying)
 
     def add(self, items: Iterable[tuple[str, Texts]], *, first: bool) -> None:
         """Takes texts in; what the same adapter had waiting is replaced."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramux.adapters_store import strict_json
+from loramux.router.encoders.concat import NGRAM_WEIGHT, ConcatEncoder
 from loramux.router.encoders.ngram import NgramEncoder
 from loramux.router.gallery.sample import MAX_BASE_EXAMPLES
 from loramux.router.interface import Encoder
@@ -77,7 +78,7 @@ def prepare(settings: Settings, model: Path, num_layers: int) -> RouterParts | N
     template = None if settings.chat_template is None else settings.chat_template.read_text(encoding="utf-8")
     local: Encoder | None = None
     if not names_parts:
-        local = hugging_face(settings.router_encoder)
+        local = sentence_encoder(settings.router_encoder)
     elif "ngram" in parts:
         local = NgramEncoder(NGRAM_DIM, *NGRAM_LENGTHS)
     uses_base = names_parts and "base" in parts
@@ -85,16 +86,24 @@ def prepare(settings: Settings, model: Path, num_layers: int) -> RouterParts | N
     return RouterParts(uses_base, identity, settings.router_layer, settings.router_max_tokens, local, examples)
 
 
-def hugging_face(source: str) -> Encoder:
-    """A sentence encoder by path or hub name. Raises `RouterSetupError`."""
+def sentence_encoder(spec: str) -> Encoder:
+    """A sentence encoder by path or hub name, beside n-grams where "+ngram" follows or "ngram+" comes before it.
+
+    Raises `RouterSetupError`.
+    """
+    source = spec.removeprefix("ngram+") if spec.startswith("ngram+") else spec.removesuffix("+ngram")
     from loramux.router.encoders.huggingface import EncoderError, HuggingFaceEncoder  # transformers takes seconds
 
     try:
-        return HuggingFaceEncoder(source)
+        sentences = HuggingFaceEncoder(source)
     except EncoderError as error:
         raise RouterSetupError(
-            f"--router-encoder {source}: {error}; give base, ngram, base+ngram, or the path or hub name of an encoder"
+            f"--router-encoder {spec}: {error}; give base, ngram, base+ngram, or the path or hub name of an encoder, "
+            "+ngram after it or not"
         ) from error
+    if source == spec:
+        return sentences
+    return ConcatEncoder([sentences, NgramEncoder(NGRAM_DIM, *NGRAM_LENGTHS)], [1.0, NGRAM_WEIGHT])
 
 
 def read_examples(path: Path) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from loramux.adapters_store.errors import AdapterNotFound
+from loramux.adapters_store.names import address_of
 from loramux.adapters_store.registry import AdapterVersion
 from loramux.adapters_store.store import AdapterStore
 from loramux.router.encoders.cache import CacheError, EmbeddingCache
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 FOLDER = "router"
 GALLERY = "gallery"
 QUERY_CACHE_BYTES = 8 << 20
-INLINE_CANDIDATES = 512  # with more the scores are computed in a thread
 LEARN_SECONDS = 10.0
 ENGINE_SECONDS = 0.2
 LIST_PAGE = 500
@@ -83,18 +83,20 @@ class RouterService:
         self._names: dict[str, int] = {}  # keys, and the version that is known
         self._gone: set[str] = set()  # deleted while the store was being listed
         self._changes = 0  # of the keys
+        self._deletions = 0
         self._scopes: OrderedDict[str | None, _Scope] = OrderedDict()
         self._listed = asyncio.Event()
         self._queries: CachedEmbedder | None = None
         self._gallery: Gallery | None = None
         self._cache: EmbeddingCache | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._ended: dict[str, str] = {}  # parts whose work ended too early, and why
 
     # Life.
 
     def start(self) -> None:
         """Begins to list and to embed what the store has; queries are routed by what is there so far."""
-        self._tasks.append(asyncio.create_task(self._guarded(self._build), name="router"))
+        self._begin("router", self._build)
 
     async def stop(self) -> None:
         """Ends the work; what was embedded stays in the cache."""
@@ -109,30 +111,34 @@ class RouterService:
         if self._cache is not None:
             self._cache.close()
 
-    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Says when work that goes on for as long as the server ends before it."""
+    def _begin(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Starts work that goes on for as long as the server."""
+        self._tasks.append(asyncio.create_task(self._guarded(part, work), name=part))
+
+    async def _guarded(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Says, and keeps for the report, why work that goes on for as long as the server ends before it."""
         try:
             await work()
         except asyncio.CancelledError:
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("part of the router ended; `auto` answers by what is known so far")
-            raise
+            self._ended[part] = f"{type(error).__name__}: {error}"
         finally:
             self._listed.set()  # nobody waits for a list that will not come
 
     async def _build(self) -> None:
         await self._list()
         embedder = await self._embedder()
-        self._tasks.append(asyncio.create_task(self._guarded(self._weigh), name="router-weights"))
+        self._queries = CachedEmbedder(embedder, EmbeddingCache(max_bytes=QUERY_CACHE_BYTES))  # before any rung
+        self._begin("router-weights", self._weigh)
         kept = await self._kept(embedder)
         self._embedding = kept
-        await self.scores.load(kept)
-        self._tasks.append(asyncio.create_task(self._guarded(self.scores.watch), name="router-scorers"))
+        await self._guarded("router-scores", partial(self.scores.load, kept))
+        self._begin("router-scorers", self.scores.watch)
         if self._parts.base_examples:
             self._learner.add([(BASE, Texts(self._parts.base_examples, "examples"))], first=True)
         gallery = await self._restored(embedder)
-        self._queries = CachedEmbedder(embedder, EmbeddingCache(max_bytes=QUERY_CACHE_BYTES))
         self._gallery = gallery
         self._policy.use_gallery(gallery, embedder.name)
         await self._learner.run(kept, gallery, self._writer, self._wait_ready, self._save)
@@ -230,12 +236,14 @@ class RouterService:
 
     # The store's events.
 
-    async def learn(self, version: AdapterVersion) -> bool | None:
+    async def learn(self, key: str) -> bool | None:
         """An adapter is new, or its texts are. Whether they count already; None for an adapter without any.
 
-        Waits a bounded time for the embedding: with False they count later.
+        What counts is what the store holds now, whichever of several changes this call came of. Waits a bounded time
+        for the embedding: with False they count later.
         """
-        if not self._admit(version):
+        version = await self._current(key)
+        if version is None or not self._admit(version):
             return None
         texts = Texts.of(version)
         if texts is None:
@@ -270,6 +278,7 @@ class RouterService:
     async def deleted(self, key: str) -> None:
         """The adapter was deleted: no rung knows it when this returns, nor ever again whoever takes its name."""
         texts = self._learner.uncount(key)
+        self._deletions += 1
         self._dismiss(key)
 
         def forget() -> None:
@@ -291,13 +300,25 @@ class RouterService:
 
     async def recheck(self, key: str) -> None:
         """A chosen adapter could not be leased: the store's word replaces what the router believes of it."""
-        try:
-            version = await asyncio.get_running_loop().run_in_executor(self._writer, self._store.by_key, key)
-        except AdapterNotFound:
+        version = await self._current(key)
+        if version is not None and version.status != "ready":
             self._dismiss(key)
-        else:
-            if version.status != "ready":
+
+    async def _current(self, key: str) -> AdapterVersion | None:
+        """The adapter as the store has it; None for one that is gone, which is no candidate from now on.
+
+        The writer's thread answers in the order of calls, so that an older state never follows a newer one; a deletion
+        that was heard of while it read has it read again.
+        """
+        while True:
+            deletions = self._deletions
+            try:
+                version = await asyncio.get_running_loop().run_in_executor(self._writer, self._store.by_key, key)
+            except AdapterNotFound:
                 self._dismiss(key)
+                return None
+            if deletions == self._deletions:
+                return version
 
     # Queries.
 
@@ -310,32 +331,37 @@ class RouterService:
         salt: str = "",
         without: Collection[str] = (),
     ) -> Decision:
-        """The choice for a query among the adapters that the tenant may use, but for those in `without`; all by key.
+        """The choice for a query among the adapters that the tenant may use, but for those in `without`; all by
+        key, and the reason in the tenant's own names.
 
-        No `tenant` is nobody in particular: every adapter there is. Raises `RouterError` for options that cannot be
-        followed, `EngineError` when a probe cannot be answered.
+        No `tenant` is nobody in particular: every adapter there is. In the engine's queue the query's probes are the
+        tenant's. Raises `RouterError` for options that cannot be followed, `EngineError` for a probe without an answer.
         """
         await self._listed.wait()
         pool = await self._pool(tenant)
         if without:
-            pool = Pool(key for key in pool.names if key not in without)
+            pool = pool.without(without)
         text = text[-QUERY_CHARS:]
         row: Floats | None = None
         plan: Plan | None = self._policy.plan(pool, options)
         while plan is not None:
             if plan.encoder and row is None:
                 assert self._queries is not None  # there is no rung before there is an encoder
-                row = (await self._queries.embed([text], salt))[0]
-            states = await self._weights.states(text, salt) if plan.layers else None
-            if states is None and len(plan.candidates) <= INLINE_CANDIDATES:
+                row = (await self._queries.embed([text], salt, tenant or ""))[0]
+            states = await self._weights.states(text, salt, tenant or "") if plan.layers else None
+            if plan.is_light:
                 decision = plan.decide(row)
             else:
                 decision = await asyncio.get_running_loop().run_in_executor(self._scoring, plan.decide, row, states)
             plan = plan.after(decision)
-        if self._learner.pending:
-            note = f"{decision.reason}; {self._learner.pending} adapters wait to be embedded"
-            decision = replace(decision, reason=note)
+        waiting = self._learner.waiting(pool.known)
+        if waiting:
+            decision = replace(decision, reason=f"{decision.reason}; {waiting} adapters wait to be embedded")
         return decision
+
+    async def prompt_tokens(self, text: str) -> int:
+        """Tokens of the prompt by which the base looks at a query. Raises a 400 where the chat template refuses it."""
+        return len(await Prompts(self._renderer, self._parts.max_tokens).tokens_of(text[-QUERY_CHARS:]))
 
     async def _pool(self, tenant: str | None) -> Pool:
         """What the tenant may choose from; read again only when the store, or what is admitted of it, has changed."""
@@ -348,7 +374,7 @@ class RouterService:
             else:
                 visible = partial(self._store.visible_keys, tenant)
                 keys = await asyncio.get_running_loop().run_in_executor(self._scoring, visible)
-                pool = Pool(name for name in names if name in keys)
+                pool = Pool((name for name in names if name in keys), partial(address_of, tenant=tenant))
             self._scopes[tenant] = scope = _Scope(generation, changes, pool)
             while len(self._scopes) > MAX_SCOPES:
                 self._scopes.popitem(last=False)
@@ -386,9 +412,12 @@ class RouterService:
                 "calibration": snapshot.calibration.describe(),
                 "threshold": snapshot.calibration.threshold,
             }
-        encoder = None if self._queries is None else {"name": self._queries.name, "dim": self._queries.dim}
+        encoder = None
+        if self._queries is not None and self._gallery is not None:
+            encoder = {"name": self._queries.name, "dim": self._queries.dim}
         return {
             "encoder": encoder,
+            "ended": dict(self._ended),
             "adapters": {
                 "registered": len(self._names),
                 "pending": self._learner.pending,

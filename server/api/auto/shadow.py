@@ -23,16 +23,27 @@ WORKERS = 2
 
 
 class ShadowTicket:
-    """One request's comparison: `actual` are the keys of the adapters that serve it, none for the base."""
+    """One request's comparison: `actual` are the keys of the adapters that serve it, none for the base.
+
+    The report has the reason in words only to `explain`.
+    """
 
     def __init__(
-        self, text: str, options: RouteOptions, salt: str, actual: frozenset[str], tenant: str | None = None
+        self,
+        text: str,
+        options: RouteOptions,
+        salt: str,
+        actual: frozenset[str],
+        tenant: str | None = None,
+        *,
+        explain: bool = False,
     ) -> None:
         self.text = text
         self.options = options
         self.salt = salt
         self.actual = actual
         self.tenant = tenant
+        self.explain = explain
         self.dropped = False
         self.failed = False
         self.decision: Decision | None = None
@@ -46,13 +57,16 @@ class ShadowTicket:
         """What is known at this moment."""
         if self.decision is None:
             return ShadowReport(status="dropped" if self.dropped else "failed" if self.failed else "pending")
-        return ShadowReport(
+        report = ShadowReport(
             status="decided",
             agrees=self.agrees,
             chosen=chosen_of(self.decision),
             rung=self.decision.rung,
             milliseconds=round(self.decision.milliseconds, 3),
         )
+        if self.explain:
+            report.reason = self.decision.reason
+        return report
 
 
 class Shadow:
@@ -64,11 +78,8 @@ class Shadow:
         self._waiting: deque[ShadowTicket] = deque()
         self._running: set[asyncio.Task[None]] = set()
 
-    def offer(
-        self, text: str, options: RouteOptions, salt: str, actual: frozenset[str], tenant: str | None = None
-    ) -> ShadowTicket:
-        """Takes a request of a tenant's (see `RouterService.decide`) in if there is room; returns at once."""
-        ticket = ShadowTicket(text, options, salt, actual, tenant)
+    def offer(self, ticket: ShadowTicket) -> ShadowTicket:
+        """Takes a request of a tenant's (see `RouterService.decide`) in if there is room; returns it at once."""
         if len(self._waiting) >= MAX_WAITING:
             ticket.dropped = True
             self._metrics.shadowed("dropped")

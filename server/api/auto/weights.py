@@ -1,7 +1,7 @@
 """The weights rung: what is kept of adapters that nobody described, read from the store's files one by one.
 
 Nothing happens until there is such an adapter. Then a reference is probed once (the base's own examples, or everyday
-prompts where it has none), and a thread reads the matrices of each adapter where the router looks and keeps small
+prompts where it has too few), and a thread reads the matrices of each adapter where the router looks and keeps small
 factors of them, up to a bound in bytes; adapters beyond it are not candidates until others go.
 """
 
@@ -25,9 +25,10 @@ from loramux.adapters_store.store import AdapterStore
 from loramux.kernels.lora.interface import ModuleWeights
 from loramux.router.interface import Floats
 from loramux.router.policy import RouterPolicy
-from loramux.router.weights_only import EVERYDAY, AdapterFactors, Reference, WeightsScorer, default_layers
+from loramux.router.weights_only import EVERYDAY, MIN_PROMPTS, AdapterFactors, Reference, WeightsScorer, default_layers
 from loramux.router.weights_only.modules import attention_inputs
 from loramux.server.api.auto.probing import Prompts, pooled
+from loramux.server.api.errors import APIError
 from loramux.server.engine.protocol import EngineClient, EngineError, PoolingParams
 
 logger = logging.getLogger(__name__)
@@ -55,14 +56,14 @@ class StateProbe:
         self._tokens = tokens
         self.layers = tuple(layers)
 
-    async def states(self, text: str, salt: str = "") -> Mapping[int, Floats]:
+    async def states(self, text: str, salt: str = "", tenant: str = "") -> Mapping[int, Floats]:
         """Layer -> float32 [tokens, hidden]; {} for a text that makes no two tokens. Raises `EngineError`."""
         tokens = await self._prompts.tokens_of(text)
         wanted = min(self._tokens, len(tokens) - 1)
         if wanted < 1:
             return {}
         name = f"states-{next(self._numbers)}"
-        data = await pooled(self._engine, name, tokens, PoolingParams(self.layers, wanted), salt)
+        data = await pooled(self._engine, name, tokens, PoolingParams(self.layers, wanted), salt, tenant=tenant)
         rows = np.frombuffer(data, "<f4").reshape(len(self.layers), wanted, -1)
         return {layer: np.asarray(part, np.float32) for layer, part in zip(self.layers, rows, strict=True)}
 
@@ -80,8 +81,7 @@ class WeightsRung:
     def __init__(self, policy: RouterPolicy, store: AdapterStore, base_examples: Sequence[str], max_bytes: int) -> None:
         self._policy = policy
         self._store = store
-        self._own = bool(base_examples)
-        self._texts = _spread(base_examples or EVERYDAY, REFERENCE_PROMPTS)
+        self._base_examples = base_examples
         self._max_bytes = max_bytes
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="router-weights")
         self._wake = asyncio.Event()
@@ -117,10 +117,10 @@ class WeightsRung:
             self._left_out.clear()
             self._wake.set()
 
-    async def states(self, text: str, salt: str) -> Mapping[int, Floats]:
+    async def states(self, text: str, salt: str, tenant: str) -> Mapping[int, Floats]:
         """What a query's decision needs. Raises `EngineError`."""
         assert self._probe is not None  # it came before the scorer
-        return await self._probe.states(text, salt)
+        return await self._probe.states(text, salt, tenant)
 
     async def run(self, engine: EngineClient, prompts: Prompts, ready: Callable[[], Awaitable[None]]) -> None:
         """Works until cancelled. `ready` gives something to wait for after the engine failed."""
@@ -140,21 +140,37 @@ class WeightsRung:
                 await self._load(self._scorer)
 
     async def _reference(self, engine: EngineClient, prompts: Prompts) -> Reference:
-        """The reference's prompts, probed; their number times their length is bounded by its bytes."""
+        """The base's own examples as the reference, everyday prompts where fewer than two of them can be used.
+
+        Their number times their length is bounded by the reference's bytes. Raises `EngineError`, and ValueError where
+        no prompts can be used.
+        """
         info = engine.info
         layers = default_layers(info.num_layers)
-        room = REFERENCE_BYTES // (4 * info.hidden_size * len(layers) * len(self._texts))
-        probe = StateProbe(engine, prompts, layers, max(min(TOKENS, room), 1))
+        for own in (True, False):
+            texts = _spread(self._base_examples if own else EVERYDAY, REFERENCE_PROMPTS)
+            room = REFERENCE_BYTES // (4 * info.hidden_size * len(layers) * max(len(texts), 1))
+            probe = StateProbe(engine, prompts, layers, max(min(TOKENS, room), 1))
+            found = await self._probed(probe, texts)
+            if len(found) >= MIN_PROMPTS:
+                break
+        fitted = await self._in_thread(partial(Reference.fit, found, own=own))
+        self._probe = probe
+        return fitted
+
+    async def _probed(self, probe: StateProbe, texts: Sequence[str]) -> list[Mapping[int, Floats]]:
+        """The states of the texts that make a prompt."""
         turns = asyncio.Semaphore(PROBES_AT_ONCE)
 
         async def one(text: str) -> Mapping[int, Floats]:
             async with turns:
-                return await probe.states(text)
+                try:
+                    return await probe.states(text)
+                except APIError as error:
+                    logger.warning("a prompt of the weights rung's reference is left out: %s", error)
+                    return {}
 
-        found = [states for states in await asyncio.gather(*map(one, self._texts)) if states]
-        fitted = await self._in_thread(partial(Reference.fit, found, own=self._own))
-        self._probe = probe
-        return fitted
+        return [states for states in await asyncio.gather(*map(one, texts)) if states]
 
     async def _load(self, scorer: WeightsScorer) -> None:
         """The next adapters that wait become candidates, and what was dropped leaves the memory."""

@@ -311,7 +311,7 @@ class ShadowReport(ResponseModel):
     """What the router would have chosen for a request that named its model.
 
     `pending` while the decision is not there when the answer is, `dropped` when too many others were waiting, `failed`
-    when there was none to be had; only `decided` has the other fields.
+    when there was none to be had; only `decided` has the other fields, and `reason` only with `explain`.
     """
 
     status: Literal["decided", "pending", "dropped", "failed"]
@@ -319,6 +319,7 @@ class ShadowReport(ResponseModel):
     chosen: list[Chosen] | None = None
     rung: str | None = None
     milliseconds: float | None = None
+    reason: str | None = None
 
 
 class RouterReport(ResponseModel):

@@ -92,7 +92,11 @@ class TrainStarted(ResponseModel):
 
 
 class RouterState(ResponseModel):
-    """What the router knows: its encoder, the adapters by state, and each rung."""
+    """What the router knows: its encoder, the adapters by state, and each rung.
+
+    `encoder` is null until what was known before a restart is known again. `ended` are parts that have failed for good,
+    with the reason: `auto` answers by what the others know.
+    """
 
     object: Literal["router"]
     enabled: bool
@@ -100,3 +104,4 @@ class RouterState(ResponseModel):
     adapters: dict[str, Any]
     rungs: dict[str, Any]
     shadow: bool
+    ended: dict[str, str] | None = None
