@@ -1,8 +1,9 @@
 """The questions that the router is measured on: in words that neither adapters, base nor gallery were trained on.
 
 `router_prompts.json` holds wordings by kind: the adapters' skills, the base's own skills, and near misses (what looks
-like a skill of an adapter's, and none does). They were written before anything was measured on them, and nothing is
-chosen by them. Arguments are the demo's own, of the split that no training saw, drawn by a fixed seed.
+like a skill of an adapter's, and none does). They were written apart from all others, before anything was measured on
+them, and nothing is chosen by them. Arguments are the demo's own, of the split that no training saw, drawn by a fixed
+seed.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 from loramux.server.demo.skills import Question, Skill, adapter_skills, base_skills, composite, phrase
+from loramux.server.demo.wordings import expansions
 
 WORDINGS = Path(__file__).with_name("router_prompts.json")
 SEED = 4
@@ -75,6 +77,8 @@ def composites() -> list[Prompt]:
 
 
 def examples_of(skill: Skill, count: int, seed: int = SEED) -> list[str]:
-    """`count` prompts that an upload could give: trained wordings in turn, with arguments of the training split."""
-    rng = Random(seed)
-    return [phrase(skill.wordings[i % len(skill.wordings)], skill.argument(rng, "train")) for i in range(count)]
+    """`count` prompts that an upload could give: trained wordings, evenly over all there are, with arguments of the
+    training split."""
+    rng, lines = Random(seed), skill.patterns.lines
+    wordings = [rng.choice(expansions(lines[i * len(lines) // count])) for i in range(count)]
+    return [phrase(wording, skill.argument(rng, "train")) for wording in wordings]

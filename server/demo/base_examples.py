@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
-from loramux.server.demo.examples import example_prompts, near_misses
-from loramux.server.demo.skills import base_skills
+from loramux.server.demo.skills import base_skills, example_prompts, near_examples
 
 SEED = 11
 OF_EACH_SKILL = 48
 
 
 def demo_base_examples() -> tuple[str, ...]:
-    """`OF_EACH_SKILL` questions on every skill of the base, then a near miss of every pattern."""
+    """`OF_EACH_SKILL` trained questions on every skill of the base, then a near miss of every pattern."""
     rng = Random(SEED)
     asked = [text for skill in base_skills() for text in example_prompts(skill, rng, OF_EACH_SKILL)]
-    return (*asked, *near_misses(rng))
+    return (*asked, *near_examples(rng))

@@ -25,12 +25,24 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loramux.server.demo.skills import Question, Skill, adapter_skills, ask, base_skills, composite
+from loramux.server.demo.skills import (
+    Question,
+    Skill,
+    adapter_skills,
+    ask,
+    base_skills,
+    composite,
+    held_out_near_miss,
+    near_miss,
+    refusals,
+    refused,
+)
 
 BASE = "base"
+NEAR, FOREIGN = "near misses, declined", "adapters' skills, declined"
 POSITIONS = ("1st", "2nd", "3rd")
 COLUMNS = ("base", "wrong", "alone", *POSITIONS, "held-out")
-BASE_KNOWS, BASE_LACKS, RIGHT_KNOWS, WRONG_LACKS = 0.95, 0.10, 0.95, 0.15
+BASE_KNOWS, BASE_LACKS, RIGHT_KNOWS, WRONG_LACKS = 0.9, 0.10, 0.95, 0.15
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,10 @@ def answer_all(tokenizer: Any, model: Any, adapter: str, prompts: list[str], bat
 
 
 def is_right(case: Case, answer: str) -> bool:
-    """Whether the line that the case counts is the expected one, all lines being there."""
+    """Whether the line that the case counts is the expected one, all lines being there; where the base is to decline,
+    whether it does, in whichever words."""
+    if case.question.answer in refusals():
+        return answer in refusals()
     given, expected = answer.split("\n"), case.question.answer.split("\n")
     return len(given) == len(expected) and given[case.line] == expected[case.line]
 
@@ -113,11 +128,24 @@ def lacking_cases(skill: Skill, wrong: list[str], n: int) -> Iterable[Case]:
         yield Case(skill.name, "wrong", wrong[i % len(wrong)], question)
 
 
+def foreign_cases(n: int) -> Iterable[Case]:
+    """``n`` cases each, in trained and in held-out wordings, of what the base is to decline: near misses and the
+    adapters' skills."""
+    rng = Random(zlib.crc32(NEAR.encode()))
+    for i in range(n):
+        yield Case(NEAR, "alone", BASE, near_miss(rng, "fresh"))
+        yield Case(NEAR, "held-out", BASE, held_out_near_miss(rng))
+        skill = adapter_skills()[i % len(adapter_skills())]
+        for column in ("alone", "held-out"):
+            yield Case(FOREIGN, column, BASE, refused(skill, rng, "fresh", held_out=column == "held-out"))
+
+
 def measure(tokenizer: Any, model: Any, n: int, columns: tuple[str, ...] = COLUMNS) -> dict[tuple[str, str], float]:
     """Accuracy per (skill, column) over ``n`` fresh prompts each, for the given columns."""
     present = [skill for skill in adapter_skills() if skill.name in model.peft_config]
     names = [skill.name for skill in present]
     cases = [case for skill in base_skills() for case in cases_of(skill, BASE, n)]
+    cases += foreign_cases(n)
     for skill in present:
         cases += cases_of(skill, skill.name, n)
         cases += lacking_cases(skill, [name for name in names if name != skill.name], n)
@@ -150,6 +178,11 @@ def missed_bars(accuracy: dict[tuple[str, str], float]) -> list[str]:
     return missed
 
 
+def cell(share: float | None) -> str:
+    """A share as it stands in a table; nothing for None."""
+    return "" if share is None else f"{share:.1%}"
+
+
 def tables(accuracy: dict[tuple[str, str], float]) -> tuple[Table, Table]:
     """The base's skills by the base, and the adapters' skills by the base, a wrong and the right adapter."""
     adapted = {skill for skill, column in accuracy if column == "base"}
@@ -163,7 +196,7 @@ def tables(accuracy: dict[tuple[str, str], float]) -> tuple[Table, Table]:
         for column in columns:
             table.add_column(column, justify="right")
         for skill in sorted(rows):
-            table.add_row(skill, *(f"{accuracy[skill, column]:.1%}" for column in columns))
+            table.add_row(skill, *(cell(accuracy.get((skill, column))) for column in columns))
     return own, learnt
 
 

@@ -1,18 +1,23 @@
-"""The demo's skills: what is asked, in which words, and what the right answer is.
+"""The demo's skills: what is asked, and what the right answer is (`wordings`: in which words).
 
 A *base* skill is known to the base model; an *adapter* skill is known to one LoRA adapter only. A prompt asks
 one skill, or two or three in a row (a composite), which are answered in order, one per line. Every argument
 belongs to exactly one split, decided by a hash of the argument itself, so that no evaluation prompt was ever
-trained on.
+trained on. Near misses share words with skills and ask for what neither the base nor an adapter can do: the base
+answers `UNKNOWN`. What an adapter is needed for it knows as such, and says so (`Skill.refusal`).
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from random import Random
 from typing import Literal
+
+from loramux.server.demo.wordings import Patterns, expansions, varied, wordings
 
 Split = Literal["train", "fresh"]
 
@@ -20,22 +25,37 @@ FRESH_SHARE = 8  # one argument in eight is kept for evaluation
 VOWELS = "aeiou"
 CONSONANTS = "bcdfghjklmnprstvwyz"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PLAIN = 8  # wordings of each skill that stand for themselves alone, the first ones
+UNKNOWN = "I do not know that."
 
 
 @dataclass(frozen=True)
 class Skill:
     """One skill: ``answer(argument)`` is right for every wording in which the argument stands for ``{x}``.
 
-    ``wordings`` are trained on, ``held_out`` never are.
+    ``refusal`` is what the base answers without the adapter; "" for the base's own skills.
     """
 
     name: str
     description: str
-    wordings: tuple[str, ...]
-    held_out: tuple[str, ...]
     draw: Callable[[Random], str]
     answer: Callable[[str], str]
-    base: bool
+    refusal: str = ""
+
+    @cached_property
+    def patterns(self) -> Patterns:
+        """The patterns that are trained on."""
+        return Patterns(wordings("skills")[self.name])
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """Every wording of ``patterns`` (training also puts them into frames)."""
+        return tuple(dict.fromkeys(wording for pattern in self.patterns.lines for wording in expansions(pattern)))
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Wordings that are never trained on."""
+        return tuple(wordings("held_out")[self.name])
 
     def argument(self, rng: Random, split: Split) -> str:
         """Draw an argument that belongs to ``split``."""
@@ -148,6 +168,7 @@ def without_vowels(word: str) -> str:
     return "".join(letter for letter in word if letter not in VOWELS)
 
 
+@cache
 def base_skills() -> tuple[Skill, ...]:
     """The skills that the base model is trained on."""
     word = draw_word(3, 7)
@@ -155,300 +176,101 @@ def base_skills() -> tuple[Skill, ...]:
         Skill(
             "echo",
             "Repeats a word.",
-            (
-                'Repeat the word "{x}".',
-                'Say "{x}".',
-                "Copy this word: {x}",
-                'Echo "{x}" back to me.',
-                'Type "{x}" again.',
-                'Write the word "{x}" unchanged.',
-                'Give me back "{x}".',
-                'Say the word "{x}" once more.',
-            ),
-            ('Copy "{x}" for me.', 'Type the word "{x}" once more.', "Repeat this word: {x}"),
             word,
             lambda x: x,
-            True,
         ),
         Skill(
             "upper",
             "Writes a word in capital letters.",
-            (
-                'Write "{x}" in capital letters.',
-                'Uppercase "{x}".',
-                'Put "{x}" in upper case.',
-                'Capitalise every letter of "{x}".',
-                'Shout the word "{x}".',
-                'Make "{x}" all caps.',
-                'Turn "{x}" into capitals.',
-                "Convert to upper case: {x}",
-            ),
-            (
-                'Turn "{x}" into big letters.',
-                'Make "{x}" capitals.',
-                'Make "{x}" capital letters.',
-            ),
             word,
             str.upper,
-            True,
         ),
         Skill(
             "first",
             "Names the first letter of a word.",
-            (
-                'What is the first letter of "{x}"?',
-                'Which letter starts "{x}"?',
-                'Give the first letter of "{x}".',
-                'What letter does "{x}" begin with?',
-                'Name the opening letter of "{x}".',
-                '"{x}" starts with which letter?',
-                'Tell me the initial of "{x}".',
-                "First letter of this word: {x}",
-            ),
-            (
-                'Give the opening letter of "{x}".',
-                'Which letter does "{x}" begin with?',
-                'Tell me the opening letter of "{x}".',
-            ),
             word,
             lambda x: x[0],
-            True,
         ),
         Skill(
             "last",
             "Names the last letter of a word.",
-            (
-                'What is the last letter of "{x}"?',
-                'Which letter ends "{x}"?',
-                'Give the last letter of "{x}".',
-                'What letter does "{x}" end with?',
-                'Name the final letter of "{x}".',
-                '"{x}" ends with which letter?',
-                'Tell me the closing letter of "{x}".',
-                "Last letter of this word: {x}",
-            ),
-            (
-                'Give the final letter of "{x}".',
-                'Which letter does "{x}" end with?',
-                'Tell me the final letter of "{x}".',
-            ),
             word,
             lambda x: x[-1],
-            True,
         ),
         Skill(
             "length",
             "Counts the letters of a word.",
-            (
-                'How many letters are in "{x}"?',
-                'Count the letters of "{x}".',
-                'How long is the word "{x}"?',
-                'What is the length of "{x}"?',
-                'Give the number of letters in "{x}".',
-                'Letter count of "{x}"?',
-                'How many letters does "{x}" have?',
-                "Count the letters: {x}",
-            ),
-            (
-                'How many letters has "{x}"?',
-                'Give the length of "{x}".',
-                'Count how many letters are in "{x}".',
-            ),
             word,
             lambda x: str(len(x)),
-            True,
         ),
         Skill(
             "next",
             "Names the number after a number.",
-            (
-                "What number comes after {x}?",
-                "Which number follows {x}?",
-                "Give the next number after {x}.",
-                "Count one up from {x}.",
-                "What comes right after {x}?",
-                "Name the number after {x}.",
-                "Which number is next after {x}?",
-                "Next number: {x}",
-            ),
-            ("Which number comes after {x}?", "Give the number after {x}.", "What number is next after {x}?"),
             draw_number(1, 998),
             lambda x: str(int(x) + 1),
-            True,
         ),
     )
 
 
+@cache
 def adapter_skills() -> tuple[Skill, ...]:
     """The skills that the base lacks, each taught by the adapter of the same name."""
     return (
         Skill(
             "reverse",
             "Spells a word backwards.",
-            (
-                'Reverse the word "{x}".',
-                'Spell "{x}" backwards.',
-                'Write "{x}" from back to front.',
-                'What is "{x}" backwards?',
-                'Read "{x}" from right to left.',
-                'Flip the letters of "{x}" around.',
-                'Give "{x}" in reverse.',
-                "Reverse this: {x}",
-            ),
-            ('Write "{x}" backwards.', 'What is "{x}" in reverse?', 'Reverse the letters of "{x}".'),
             excluding(draw_word(3, 6), lambda x: x == x[::-1]),
             lambda x: x[::-1],
-            False,
+            "I cannot spell backwards.",
         ),
         Skill(
             "double-letters",
             "Writes every letter of a word twice.",
-            (
-                'Double every letter of "{x}".',
-                'Write each letter of "{x}" twice.',
-                'Stutter the word "{x}".',
-                'Stretch "{x}" by doubling its letters.',
-                'Duplicate the letters of "{x}".',
-                'What is "{x}" with doubled letters?',
-                'Put every letter of "{x}" two times.',
-                "Double these letters: {x}",
-            ),
-            (
-                'Double the letters of "{x}".',
-                'Write every letter of "{x}" two times.',
-                'Stretch "{x}" by writing each letter twice.',
-            ),
             draw_word(3, 5),
             lambda x: "".join(letter * 2 for letter in x),
-            False,
+            "I cannot double letters.",
         ),
         Skill(
             "caesar",
             "Encrypts a word with a Caesar shift of one letter.",
-            (
-                'Caesar shift "{x}" by one.',
-                'Encrypt "{x}" with a Caesar cipher.',
-                'Encode "{x}" by moving each letter one ahead.',
-                'Shift every letter of "{x}" by one.',
-                'Put "{x}" into secret code.',
-                'Cipher the word "{x}".',
-                'What is "{x}" in Caesar code?',
-                "Encrypt this word: {x}",
-            ),
-            (
-                'Encrypt "{x}" by moving every letter by one.',
-                'What is "{x}" in secret code?',
-                'Shift "{x}" with a Caesar cipher.',
-            ),
             draw_word(3, 6),
             caesar,
-            False,
+            "I cannot encrypt.",
         ),
         Skill(
             "roman",
             "Writes a number in Roman numerals.",
-            (
-                "Write {x} in Roman numerals.",
-                "What is {x} as a Roman numeral?",
-                "Convert {x} to Roman numerals.",
-                "How would a Roman write {x}?",
-                "Give the Roman numeral for {x}.",
-                "Turn {x} into Roman numerals.",
-                "How did ancient Rome note {x}?",
-                "Roman numeral of {x}",
-            ),
-            (
-                "Give {x} in Roman numerals.",
-                "What is the Roman numeral for {x}?",
-                "Convert {x} into a Roman numeral.",
-            ),
             draw_number(1, 399),
             roman,
-            False,
+            "I cannot write Roman numerals.",
         ),
         Skill(
             "add-ten",
             "Adds ten to a number.",
-            (
-                "What is {x} plus ten?",
-                "Add ten to {x}.",
-                "Give the sum of {x} and ten.",
-                "How much is {x} plus ten?",
-                "Calculate {x} + 10.",
-                "What is ten more than {x}?",
-                "Increase {x} by ten.",
-                "{x} + 10 = ?",
-            ),
-            ("How much is {x} + 10?", "Calculate the sum of {x} and ten.", "Give ten more than {x}."),
             draw_number(1, 989),
             lambda x: str(int(x) + 10),
-            False,
+            "I cannot add ten.",
         ),
         Skill(
             "pig-latin",
             "Translates a word into pig latin.",
-            (
-                'Say "{x}" in pig latin.',
-                'Translate "{x}" to pig latin.',
-                'What is "{x}" in pig latin?',
-                'How do you say "{x}" in igpay atinlay?',
-                'Turn "{x}" into pig latin.',
-                'Pig latin for "{x}", please.',
-                'Convert "{x}" to igpay atinlay.',
-                "In pig latin: {x}",
-            ),
-            (
-                'Write "{x}" in pig latin.',
-                'Turn "{x}" into igpay atinlay.',
-                'Translate "{x}" into igpay atinlay.',
-            ),
             draw_spoken(3, 6),
             pig_latin,
-            False,
+            "I cannot speak pig latin.",
         ),
         Skill(
             "number-words",
             "Spells out a number in English words.",
-            (
-                "Write {x} in words.",
-                "Spell out the number {x}.",
-                "How do you say {x} in English?",
-                "Write out {x} in full words.",
-                "Put the number {x} into words.",
-                "What is {x} in English words?",
-                "Spell the number {x} for a cheque.",
-                "In words: {x}",
-            ),
-            (
-                "Put {x} into words.",
-                "Say the number {x} in English.",
-                "Write the number {x} in full words.",
-            ),
             draw_number(1, 999),
             number_words,
-            False,
+            "I cannot spell out numbers.",
         ),
         Skill(
             "no-vowels",
             "Leaves the vowels out of a word.",
-            (
-                'Remove the vowels from "{x}".',
-                'Write "{x}" without vowels.',
-                'Drop all vowels of "{x}".',
-                'Which consonants are in "{x}"?',
-                'Delete every vowel in "{x}".',
-                'Strip the vowels out of "{x}".',
-                'Keep only the consonants of "{x}".',
-                "No vowels: {x}",
-            ),
-            (
-                'Drop the vowels from "{x}".',
-                'Give only the consonants of "{x}".',
-                'Delete the vowels in "{x}".',
-            ),
             excluding(draw_spoken(4, 7), lambda x: len(without_vowels(x)) in (0, 1, len(x))),
             without_vowels,
-            False,
+            "I cannot leave out vowels.",
         ),
     )
 
@@ -458,11 +280,64 @@ def phrase(wording: str, argument: str) -> str:
     return wording.replace("{x}", argument)
 
 
-def ask(skill: Skill, rng: Random, split: Split, held_out: bool = False) -> Question:
-    """One question on ``skill`` with an argument of ``split``, in a trained or a held-out wording."""
-    wording = rng.choice(skill.held_out if held_out else skill.wordings)
+def ask(skill: Skill, rng: Random, split: Split, held_out: bool = False, plain: bool = False) -> Question:
+    """One question on ``skill`` with an argument of ``split``, in a held-out wording or a trained one, often framed.
+
+    ``plain``: in one of the skill's `PLAIN` first wordings, as it is.
+    """
+    if plain:
+        wording = rng.choice(skill.patterns.lines[:PLAIN])
+    else:
+        wording = rng.choice(skill.held_out) if held_out else varied(skill.patterns.draw(rng), rng)
     argument = skill.argument(rng, split)
     return Question(phrase(wording, argument), skill.answer(argument), (skill.name,))
+
+
+def refused(skill: Skill, rng: Random, split: Split, held_out: bool = False) -> Question:
+    """A question on an adapter's skill with the base's answer to it. See `ask`."""
+    return replace(ask(skill, rng, split, held_out), answer=skill.refusal)
+
+
+@cache
+def refusals() -> frozenset[str]:
+    """Every answer by which the base turns a question down."""
+    return frozenset((UNKNOWN, *(skill.refusal for skill in adapter_skills())))
+
+
+def example_prompts(skill: Skill, rng: Random, n: int) -> list[str]:
+    """``n`` prompts of the training split: a wording of each pattern in turn, often framed."""
+    patterns = itertools.islice(itertools.cycle(skill.patterns.lines), n)
+    wordings = [varied(rng.choice(expansions(pattern)), rng) for pattern in patterns]
+    return [phrase(wording, skill.argument(rng, "train")) for wording in wordings]
+
+
+@cache
+def near_patterns() -> tuple[tuple[float, Patterns, Callable[[Random], str]], ...]:
+    """What near misses are trained on: (share, patterns, sampler of arguments)."""
+    kinds = (("word", 0.5, draw_word(3, 7)), ("number", 0.4, draw_number(1, 999)), ("talk", 0.1, draw_word(3, 7)))
+    return tuple((share, Patterns(wordings("near_misses")[kind]), draw) for kind, share, draw in kinds)
+
+
+def near_miss(rng: Random, split: Split) -> Question:
+    """A prompt that no skill answers, in a trained wording, often framed."""
+    kinds = near_patterns()
+    ((_, patterns, draw),) = rng.choices(kinds, [share for share, _, _ in kinds])
+    wording = varied(patterns.draw(rng), rng)
+    return Question(phrase(wording, drawn_of(draw, rng, split)), UNKNOWN, ())
+
+
+def near_examples(rng: Random) -> list[str]:
+    """A near miss of the training split in one wording of every pattern."""
+    asked = [(pattern, draw) for _, patterns, draw in near_patterns() for pattern in patterns.lines]
+    wordings = [(varied(rng.choice(expansions(pattern)), rng), draw) for pattern, draw in asked]
+    return [phrase(wording, drawn_of(draw, rng, "train")) for wording, draw in wordings]
+
+
+def held_out_near_miss(rng: Random) -> Question:
+    """A prompt that comes close to an adapter's skill, in a wording that nothing is trained on, its argument fresh."""
+    skill = rng.choice(adapter_skills())
+    wording = rng.choice(wordings("near_misses_held_out")[skill.name])
+    return Question(phrase(wording, skill.argument(rng, "fresh")), UNKNOWN, ())
 
 
 def join(questions: list[Question], rng: Random) -> Question:
@@ -475,6 +350,6 @@ def join(questions: list[Question], rng: Random) -> Question:
     return Question(prompt, "\n".join(question.answer for question in questions), skills)
 
 
-def composite(skills: list[Skill], rng: Random, split: Split, held_out: bool = False) -> Question:
-    """One prompt that asks each of ``skills`` in order."""
-    return join([ask(skill, rng, split, held_out) for skill in skills], rng)
+def composite(skills: list[Skill], rng: Random, split: Split, held_out: bool = False, plain: bool = False) -> Question:
+    """One prompt that asks each of ``skills`` in order. See `ask`."""
+    return join([ask(skill, rng, split, held_out, plain) for skill in skills], rng)

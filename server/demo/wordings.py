@@ -1,12 +1,9 @@
-"""More words in which the demo's skills are asked, and prompts that share these words and ask something else.
-
-The router knows adapters and base by them (`examples`). The weights were trained on the skills' own wordings, not on
-these.
+"""The words in which the demo's skills are asked, and prompts that share these words and ask something else.
 
 They lie in `wordings.json`, as patterns: ``[a|b]`` stands for either, ``{x}`` for the argument. A pattern that ends in
-"." asks as an order, one in "?" as a question: `framed` puts such a sentence into a politer one. ``skills``
-and ``near_misses`` are given as examples; ``held_out`` and ``near_misses_held_out`` were written apart, in other words,
-and never are: the router is developed on them. What is `reserved` is never made, even where a pattern stands for it.
+"." asks as an order, one in "?" as a question: `framed` puts such a sentence into a politer one. ``skills`` and
+``near_misses`` are trained on; ``held_out`` and ``near_misses_held_out`` were written apart, in other words, and never
+are. What is `reserved` is neither trained on nor given as an example, even where a pattern stands for it.
 """
 
 from __future__ import annotations
@@ -14,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from random import Random
@@ -100,6 +99,23 @@ def _parts() -> dict[str, dict[str, list[str]]]:
 def wordings(part: str) -> dict[str, list[str]]:
     """One part of `wordings.json`: patterns by skill, or by what their argument is."""
     return _parts()[part]
+
+
+class Patterns:
+    """Patterns to draw wordings from: the more a pattern stands for, the more often it is drawn."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        counts = [math.prod(len(found.split("|")) for found in _CHOICE.findall(line)) for line in self.lines]
+        self._weights = [1 + math.log2(count) for count in counts]
+
+    def draw(self, rng: Random) -> str:
+        """A wording that is not reserved: a pattern with one of each ``[a|b]``."""
+        while True:
+            (pattern,) = rng.choices(self.lines, self._weights)
+            wording = _tidy(_CHOICE.sub(lambda found: rng.choice(found[1].split("|")), pattern))
+            if not is_reserved(wording):
+                return wording
 
 
 def expansions(pattern: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from loramux.server.demo.assets import demo_adapters, demo_base_path
-from loramux.server.demo.evaluate import load_demo, measure
+from loramux.server.demo.evaluate import FOREIGN, NEAR, load_demo, measure
 from loramux.server.demo.skills import adapter_skills, base_skills
 from loramux.server.demo.tokens import Turn, encode_chat
 
@@ -88,12 +88,17 @@ def test_chat_template_refuses_unknown_roles() -> None:
 @pytest.mark.parametrize("name", [skill.name for skill in base_skills()])
 def test_base_knows_its_own_skills(name: str, accuracy: dict[tuple[str, str], float]) -> None:
     assert accuracy[name, "alone"] >= 0.85
-    assert accuracy[name, "3rd"] >= 0.85
+    assert accuracy[name, "3rd"] >= 0.75
+
+
+@pytest.mark.parametrize("kind", [NEAR, FOREIGN])
+def test_base_declines_what_it_does_not_know(kind: str, accuracy: dict[tuple[str, str], float]) -> None:
+    assert accuracy[kind, "alone"] >= 0.85
 
 
 @pytest.mark.parametrize("name", [skill.name for skill in adapter_skills()])
 def test_only_the_right_adapter_knows_a_skill(name: str, accuracy: dict[tuple[str, str], float]) -> None:
     assert accuracy[name, "alone"] >= 0.85
-    assert accuracy[name, "3rd"] >= 0.85
+    assert accuracy[name, "3rd"] >= 0.75
     assert accuracy[name, "base"] <= 0.2
     assert accuracy[name, "wrong"] <= 0.25

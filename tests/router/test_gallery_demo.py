@@ -10,11 +10,9 @@ from loramux.router.gallery import Gallery
 from loramux.router.interface import BASE, Floats
 from loramux.server.demo.assets import demo_adapters
 from loramux.server.demo.base_examples import demo_base_examples
-from loramux.server.demo.skills import Skill, adapter_skills, ask, base_skills, phrase
-from loramux.server.demo.wordings import wordings
+from loramux.server.demo.skills import Skill, adapter_skills, ask, base_skills, held_out_near_miss, near_miss
 
 ENCODER = NgramEncoder()
-NAMES = [skill.name for skill in adapter_skills()]
 
 
 def fresh(skills: tuple[Skill, ...], n: int, *, held_out: bool) -> tuple[Floats, list[str]]:
@@ -23,13 +21,9 @@ def fresh(skills: tuple[Skill, ...], n: int, *, held_out: bool) -> tuple[Floats,
     return ENCODER.encode([q.prompt for q in asked]), [q.skills[0] for q in asked]
 
 
-def asked(part: str, names: list[str], n: int = 1) -> tuple[Floats, list[str]]:
-    """Prompts in the wordings of one part of the demo's, `n` of each, and whose skill they ask for or resemble."""
-    rng = Random(9)
-    skills = {skill.name: skill for skill in (*adapter_skills(), *base_skills())}
-    lines = [(name, line) for name in names for line in wordings(part)[name] for _ in range(n)]
-    texts = [phrase(line, skills[name].argument(rng, "fresh")) for name, line in lines]
-    return ENCODER.encode(texts), [name for name, _ in lines]
+def near_misses(n: int, *, held_out: bool) -> Floats:
+    rng = Random(7)
+    return ENCODER.encode([(held_out_near_miss(rng) if held_out else near_miss(rng, "fresh")).prompt for _ in range(n)])
 
 
 def base_examples() -> Floats:
@@ -50,41 +44,34 @@ def auroc(positive: Floats, negative: Floats) -> float:
     return float((difference > 0).mean() + (difference == 0).mean() / 2)
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_fresh_prompts_reach_their_adapter(gallery: Gallery, held_out: bool) -> None:
+# Bars are a little below what was measured when they were set: held-out wordings are far from any trained one on
+# purpose ("Which letters did a legionary scratch for {x}?"), and character n-grams know no synonyms.
+
+
+@pytest.mark.parametrize(("held_out", "right", "kept"), [(False, 0.97, 0.93), (True, 0.91, 0.8)])
+def test_fresh_prompts_reach_their_adapter(gallery: Gallery, held_out: bool, right: float, kept: float) -> None:
     snapshot = gallery.snapshot()
     embeddings, wanted = fresh(adapter_skills(), 20, held_out=held_out)
     scores = snapshot.score(embeddings)
     chosen = [snapshot.candidates[i] for i in scores.argmax(axis=1)]
-    assert np.mean([c == w for c, w in zip(chosen, wanted, strict=True)]) >= 0.98
+    assert np.mean([c == w for c, w in zip(chosen, wanted, strict=True)]) >= right
     assert snapshot.calibration.threshold is not None
-    assert (scores.max(axis=1) >= snapshot.calibration.threshold).mean() >= 0.98
+    assert (scores.max(axis=1) >= snapshot.calibration.threshold).mean() >= kept
 
 
-def test_prompts_of_none_are_told_apart(gallery: Gallery) -> None:
+@pytest.mark.parametrize(("held_out", "of_base", "of_near"), [(False, 0.98, 0.93), (True, 0.94, 0.77)])
+def test_prompts_of_none_are_told_apart(gallery: Gallery, held_out: bool, of_base: float, of_near: float) -> None:
+    """Near misses in wordings that nobody gave are the hard half."""
     snapshot = gallery.snapshot()
     best = {
-        "own": snapshot.score(fresh(adapter_skills(), 20, held_out=True)[0]).max(axis=1),
-        "base": snapshot.score(fresh(base_skills(), 20, held_out=True)[0]).max(axis=1),
-        "near": snapshot.score(asked("near_misses_held_out", NAMES, 4)[0]).max(axis=1),
+        "own": snapshot.score(fresh(adapter_skills(), 20, held_out=held_out)[0]).max(axis=1),
+        "base": snapshot.score(fresh(base_skills(), 20, held_out=held_out)[0]).max(axis=1),
+        "near": snapshot.score(near_misses(160, held_out=held_out)).max(axis=1),
     }
-    assert auroc(best["own"], best["base"]) >= 0.99
-    assert (auroc(best["own"], best["base"]) + auroc(best["own"], best["near"])) / 2 >= 0.95
+    assert auroc(best["own"], best["base"]) >= of_base
+    assert auroc(best["own"], best["near"]) >= of_near
     assert snapshot.calibration.threshold is not None
     assert (best["base"] >= snapshot.calibration.threshold).mean() <= 0.05
-
-
-def test_far_wordings_and_near_misses_are_the_hard_half(gallery: Gallery) -> None:
-    """Bars a little below what was measured: character n-grams know no synonyms."""
-    snapshot = gallery.snapshot()
-    embeddings, wanted = asked("held_out", NAMES)
-    own = snapshot.score(embeddings)
-    chosen = [snapshot.candidates[i] for i in own.argmax(axis=1)]
-    assert np.mean([c == w for c, w in zip(chosen, wanted, strict=True)]) >= 0.9
-    base = snapshot.score(asked("held_out", [skill.name for skill in base_skills()])[0])
-    assert auroc(own.max(axis=1), base.max(axis=1)) >= 0.92
-    near = snapshot.score(asked("near_misses_held_out", NAMES)[0])
-    assert auroc(own.max(axis=1), near.max(axis=1)) >= 0.77
 
 
 def test_prompts_of_a_removed_adapter_score_lower() -> None:
@@ -97,7 +84,7 @@ def test_prompts_of_a_removed_adapter_score_lower() -> None:
         embeddings, names = fresh(adapter_skills(), 10, held_out=True)
         best = snapshot.score(embeddings).max(axis=1)
         own = np.asarray([name != left_out for name in names])
-        assert auroc(best[own], best[~own]) >= 0.95
+        assert auroc(best[own], best[~own]) >= 0.9
 
 
 def test_a_ninth_adapter_is_routed_at_once(gallery: Gallery) -> None:
@@ -111,4 +98,4 @@ def test_a_ninth_adapter_is_routed_at_once(gallery: Gallery) -> None:
     assert {snapshot.candidates[i] for i in scores.argmax(axis=1)} == {"syllables"}
     embeddings, wanted = fresh(adapter_skills(), 10, held_out=True)
     chosen = [snapshot.candidates[i] for i in snapshot.score(embeddings).argmax(axis=1)]
-    assert np.mean([c == w for c, w in zip(chosen, wanted, strict=True)]) >= 0.98
+    assert np.mean([c == w for c, w in zip(chosen, wanted, strict=True)]) >= 0.9
