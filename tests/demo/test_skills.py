@@ -123,7 +123,7 @@ def test_orders_and_questions_are_framed_and_nothing_else_is() -> None:
 
     assert {'Could you please say "{x}"?', 'I want you to say "{x}".', 'say "{x}"'} <= frames('Say "{x}".')
     assert {'Tell me: what follows "{x}"?', 'what follows "{x}"'} <= frames('What follows "{x}"?')
-    for plain in ("Next: {x}", '"{x}" in capitals, please.', "{x} + 1 = ?", "I am late."):
+    for plain in ("Next: {x}", '"{x}" in bold, please.', "{x} + 1 = ?", "I am late."):
         assert frames(plain) == {plain}
 
 
