@@ -109,6 +109,19 @@ class AdapterPlan:
     schedule: Schedule = SHORT
     alone: float = 0.3  # share of the training that has the adapter's question alone only
 
+    @property
+    def config(self) -> LoraConfig:
+        """The shape as PEFT takes it."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=list(self.targets),
+            use_rslora=self.rslora,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
+            task_type="CAUSAL_LM",
+        )
+
 
 def adapter_plans() -> dict[str, AdapterPlan]:
     """Every adapter's shape: ranks 4..32, one rsLoRA, one attention-only, one with per-module patterns."""
@@ -399,16 +412,7 @@ def train_adapter(skill: Skill, plan: AdapterPlan, out: Path, progress: Progress
     folder = out / "adapters" / skill.name
     base = load_base(out / "base")
     torch.manual_seed(SEED + zlib.crc32(skill.name.encode()))
-    config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=plan.alpha,
-        target_modules=list(plan.targets),
-        use_rslora=plan.rslora,
-        rank_pattern=plan.rank_pattern,
-        alpha_pattern=plan.alpha_pattern,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, plan.config)
     trained = Folded(model, load_base(out / "base"), compiled) if compiled else Direct(model, compiled=False)
     learn(trained, lambda rng, done: adapter_row(skill, rng, done >= plan.alone), plan.schedule, skill.name, progress)
     model.peft_config["default"].base_model_name_or_path = BASE_NAME

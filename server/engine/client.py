@@ -253,7 +253,7 @@ class ProcessEngineClient:
             if not finished and self._end is end:
                 await end.send(Command.ABORT, [request.request_id])
 
-    def _has_begun(self, stream: "_Stream") -> None:
+    def _has_begun(self, stream: _Stream) -> None:
         self._waiting_tokens -= stream.waiting
         stream.waiting = 0
 

@@ -127,11 +127,11 @@ class Telemetry:
     """
 
     def __init__(self, traces: "TracerProvider", metrics: "MeterProvider", *, max_models: int) -> None:
-        self._max_models = max_models
-        self._named: set[str] = set()
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._traces, self._metrics = traces, metrics
+        self._max_models = max_models
+        self._named: set[str] = set()
         self._tracer = traces.get_tracer("loramux", __version__)
         self._propagator = TraceContextTextMapPropagator()
         meter = metrics.get_meter("loramux", __version__)

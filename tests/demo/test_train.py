@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
@@ -30,16 +30,7 @@ from loramux.server.demo.train import (
 def test_a_folded_adapter_has_the_gradients_of_its_layers(name: str) -> None:
     plan = adapter_plans()[name]
     torch.manual_seed(0)
-    config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=plan.alpha,
-        target_modules=list(plan.targets),
-        use_rslora=plan.rslora,
-        rank_pattern=plan.rank_pattern,
-        alpha_pattern=plan.alpha_pattern,
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(load_base(demo_base_path()), config)
+    model = get_peft_model(load_base(demo_base_path()), plan.config)
     for key, weight in model.named_parameters():
         if "lora_B" in key:
             torch.nn.init.normal_(weight, std=0.02)
