@@ -23,11 +23,11 @@ from loramux import __version__
 from loramux.router.policy import Decision
 from loramux.server.engine.protocol import EngineClient, EngineDeadError, EngineStats
 from loramux.server.observability.record import current
+from loramux.server.observability.telemetry import OTHER
 
 ShadowResult = Literal["agree", "disagree", "failed", "dropped"]
 Status = Literal["stop", "length", "abort", "error", "rejected"]
 
-OTHER = "other"
 MAX_DROPPED_LABELS = 4096
 _OPENMETRICS = "application/openmetrics-text"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

@@ -9,9 +9,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from loramux import __version__
-from loramux.server.api.metrics import MAX_DROPPED_LABELS, OTHER, AdapterLabels, RequestTimes
+from loramux.server.api.metrics import MAX_DROPPED_LABELS, AdapterLabels, RequestTimes
 from loramux.server.engine.protocol import AdapterResidency, EngineError, EngineStats, QueueFullError, StepEvent
 from loramux.server.observability.record import RequestRecord, serving
+from loramux.server.observability.telemetry import OTHER
 
 pytestmark = pytest.mark.anyio
 
