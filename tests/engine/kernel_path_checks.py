@@ -9,6 +9,7 @@ import torch
 from support.engines import drain, make_core, request, tokens_of
 from support.models import VOCAB, family_config, mixed_recipes, random_model, save_adapter, save_model, write_blob
 
+from loramux.kernels.attention import launch
 from loramux.server.engine.core import EngineCore
 from loramux.server.engine.graphs import DecodeGraphs
 from loramux.server.engine.kernel_attention import KernelAttention
@@ -16,6 +17,13 @@ from loramux.server.engine.protocol import EngineRequest
 from loramux.server.engine.runner import Runner
 
 KERNELS = {"attention_implementation": "triton", "lora_implementation": "triton", "max_set_rank": 64}
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 splits to a padded decode instead of 64, nearly all empty, which take the interpreter's time; attention's own
+    checks launch them."""
+    monkeypatch.setattr(launch, "_SPLIT_PROGRAMS", 16)
 
 
 def with_graphs(core: EngineCore) -> EngineCore:
