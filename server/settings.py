@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     )
     max_connections: int = Field(4096, gt=0, description="open connections; beyond them clients get 503")
     max_header_bytes: ByteSize = Field(ByteSize(32 * KIB), ge=KIB, description="largest request line with headers")
-    header_timeout_seconds: float = Field(15.0, gt=0, description="how long a request's head may take to arrive")
+    header_timeout_seconds: float = Field(15.0, gt=0, description="how long a head or a TLS handshake may take")
     keep_alive_seconds: float = Field(75.0, gt=0, description="how long an idle connection is kept")
     max_request_bytes: ByteSize = Field(ByteSize(4 * MIB), ge=KIB, description="largest JSON request body")
     body_timeout_seconds: float = Field(60.0, gt=0, description="longest pause of a client while it sends a body")

@@ -1,7 +1,8 @@
 """What a connection may do before the application sees anything of it: how many there are, how slowly a head may come.
 
-Uvicorn's h11 protocol with three bounds. h11 is required: it refuses a head that grows beyond a bound while it arrives,
-where uvicorn's other parser would buffer hundreds of megabytes of it.
+Uvicorn's h11 protocol with three bounds, and a loop that bounds TLS handshakes, which come before any protocol. h11 is
+required: it refuses a head that grows beyond a bound while it arrives, where uvicorn's other parser would buffer
+hundreds of megabytes of it.
 """
 
 import asyncio
@@ -155,6 +156,23 @@ class BoundedProtocol(H11Protocol):
             head += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
             self.transport.write(head.encode() + b"\r\n" + body)
         self.transport.close()
+
+
+class HandshakeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose servers give up on a TLS handshake after so many seconds (asyncio's own: after 60).
+
+    Uvicorn has no option for it, and tells nothing of a connection before its handshake is done.
+    """
+
+    def __init__(self, handshake_seconds: float) -> None:
+        super().__init__()
+        self._handshake_seconds = handshake_seconds
+
+    async def create_server(self, *args: Any, **options: Any) -> Any:
+        """See `asyncio.loop.create_server`."""
+        if options.get("ssl") is not None:
+            options.setdefault("ssl_handshake_timeout", self._handshake_seconds)
+        return await super().create_server(*args, **options)
 
 
 def bounded(

@@ -13,6 +13,7 @@ import ssl
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,7 +29,7 @@ from loramux.adapters_store.store import AdapterStore
 from loramux.server.api.app import create_app
 from loramux.server.api.auto.ledger import LedgerError
 from loramux.server.api.auto.parts import RouterSetupError, prepare
-from loramux.server.api.connections import bounded
+from loramux.server.api.connections import HandshakeLoop, bounded
 from loramux.server.api.lora_modules import LoraModuleError, register_modules
 from loramux.server.api.rendering import Renderer, TokenizerError
 from loramux.server.api.state import ServerState
@@ -270,11 +271,24 @@ def listen(settings: Settings) -> socket.socket:
         ) from None
 
 
-def server_config(state: ServerState, app: ASGIApp) -> uvicorn.Config:
+class ServerConfig(uvicorn.Config):
+    """Uvicorn's configuration with a bound on TLS handshakes."""
+
+    def __init__(self, app: ASGIApp, *, handshake_seconds: float, **options: Any) -> None:
+        super().__init__(app, **options)
+        self._handshake_seconds = handshake_seconds
+
+    def get_loop_factory(self) -> Callable[[], asyncio.AbstractEventLoop]:
+        """What makes the event loop that the server must run on."""
+        return partial(HandshakeLoop, self._handshake_seconds)
+
+
+def server_config(state: ServerState, app: ASGIApp) -> ServerConfig:
     """Uvicorn's part of the settings, for the application over `state`."""
     settings = state.settings
-    return uvicorn.Config(
+    return ServerConfig(
         app,
+        handshake_seconds=settings.header_timeout_seconds,
         host=settings.host,
         port=settings.port,
         http=bounded(
@@ -287,7 +301,7 @@ def server_config(state: ServerState, app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=int(settings.max_header_bytes),
-        timeout_keep_alive=settings.keep_alive_seconds,  # type: ignore[arg-type]  # a delay of the loop's, so any number
+        timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=int(settings.drain_seconds) + GRACE_SECONDS,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
@@ -309,7 +323,8 @@ def serve(settings: Settings) -> int:
     check_certificate(settings)
     listener = listen(settings)
     parts = assemble(settings)
-    server = Server(server_config(parts.state, create_app(parts.state, telemetry)), parts.state)
+    config = server_config(parts.state, create_app(parts.state, telemetry))
+    server = Server(config, parts.state)
 
     def write(text: str) -> None:
         if settings.log_format == "json":  # for machines: one more record instead of a text for people
@@ -328,7 +343,8 @@ def serve(settings: Settings) -> int:
             announcement.cancel()
             gc.unfreeze()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(run())
     if server.failure is not None:
         raise ServeError(server.failure)
     return 0 if server.started else 1

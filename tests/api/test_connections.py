@@ -291,6 +291,8 @@ def test_https(live: Callable[..., Bench], certificate: tuple[Path, Path, Path])
     with Raw(bench) as client:
         client.send(GET)
         assert client.is_closed()
+    with Raw(bench) as client:
+        assert client.is_closed()  # no handshake
     with Raw(bench) as client, context.wrap_socket(client.socket, server_hostname="127.0.0.1") as wrapped:
         wrapped.sendall(GET[:-2])
         assert wrapped.recv(65536).startswith(b"HTTP/1.1 408")
