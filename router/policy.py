@@ -134,29 +134,48 @@ class _Stage:
             return len(self.names) <= LIGHT_CANDIDATES
         return isinstance(self.source, Ridge) and len(self.source.candidates) <= LIGHT_CANDIDATES
 
-    def score(self, embedding: Floats | None, states: Mapping[int, Floats] | None) -> tuple[Floats, float | None, str]:
-        """(score of each candidate, threshold, where the threshold is from)."""
+    def score(self, embedding: Floats | None, states: Mapping[int, Floats] | None) -> "_Scores":
+        """The scores of one query, from what the rung needs of it."""
         source = self.source
         if isinstance(source, WeightsScorer):
             if states is None:
                 raise ValueError("the weights rung needs the prompt's states")
             threshold = source.threshold(self.places)
             basis = source.reference.describe() if threshold is None else source.describe()
-            return source.score_at(states, self.places), threshold, basis
+            return _Scores(source.score_at(states, self.places), threshold, basis)
         if embedding is None:
             raise ValueError(f"the {self.rung} rung needs an embedding by {self.encoder}")
-        row = np.asarray(embedding, dtype=np.float32).reshape(1, -1)
+        return self.score_rows(np.asarray(embedding, dtype=np.float32).reshape(1, -1))[0]
+
+    def score_rows(self, rows: Floats) -> "list[_Scores]":
+        """The scores of queries by their embeddings [n, dim], in one product; ValueError where the rung takes none."""
+        source = self.source
+        if isinstance(source, WeightsScorer):
+            raise ValueError("the weights rung takes no embeddings")
         if isinstance(source, GallerySnapshot):
             calibration, threshold = source.calibration, source.calibration.threshold
-            basis = calibration.describe()
-            likeness = source.base_likeness(row) if threshold is None else None
-            if likeness is not None:
-                threshold, basis = nearest_threshold(float(likeness[0])), f"the base is as near; {basis}"
-            return source.score_at(row, self.places)[0], threshold, basis
-        values = np.asarray(source.score(row)[0], dtype=np.float32)
-        if BASE in source.candidates:
-            return values[self.places], float(values[source.candidates.index(BASE)]), "the base's predicted score"
-        return values[self.places], None, "the base has no predicted score"
+            basis, values = calibration.describe(), source.score_at(rows, self.places)
+            likeness = source.base_likeness(rows) if threshold is None else None
+            if likeness is None:
+                return [_Scores(row, threshold, basis) for row in values]
+            basis = f"the base is as near; {basis}"
+            return [
+                _Scores(row, nearest_threshold(float(near)), basis) for row, near in zip(values, likeness, strict=True)
+            ]
+        values = np.asarray(source.score(rows), dtype=np.float32)
+        if BASE not in source.candidates:
+            return [_Scores(row[self.places], None, "the base has no predicted score") for row in values]
+        base = source.candidates.index(BASE)
+        return [_Scores(row[self.places], float(row[base]), "the base's predicted score") for row in values]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scores:
+    """One query's score of each of a stage's candidates, the threshold, and where that is from."""
+
+    values: Floats
+    threshold: float | None
+    basis: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,8 +234,11 @@ class Plan:
         """
         if not self.stages:
             return self._decision((), (), None, self.note, abstained=False)
-        stage = self.stages[0]
-        values, threshold, basis = stage.score(embedding, states)
+        return self._choose(self.stages[0].score(embedding, states))
+
+    def _choose(self, found: _Scores) -> Decision:
+        """The next rung's decision by its scores."""
+        stage, values, threshold, basis = self.stages[0], found.values, found.threshold, found.basis
         if self.options.threshold is not None:
             threshold, basis = self.options.threshold, "as requested"
         finite = np.isfinite(values)
@@ -257,6 +279,25 @@ class Plan:
                 return replace(self.before, reason=f"{self.before.reason}; {self.rung}: {reason}", milliseconds=elapsed)
             reason = f"{reason}; {self.before.rung}: {self.before.reason}"
         return Decision(chosen, self.rung or "none", scores, threshold, abstained, reason, elapsed)
+
+
+def decide_together(plans: Sequence[Plan], rows: Sequence[Floats]) -> list[Decision]:
+    """`plan.decide(row)` of each plan with its embedding [dim]: one product for all that share a rung's state.
+
+    Many candidates are read from memory once for all of them, which is most of what one costs. ValueError for a plan
+    whose next rung takes no embedding.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, plan in enumerate(plans):
+        if not plan.encoder:
+            raise ValueError("only plans that need an embedding are decided together")
+        groups.setdefault(id(plan.stages[0]), []).append(i)
+    decisions: dict[int, Decision] = {}
+    for members in groups.values():
+        together = np.stack([np.asarray(rows[i], dtype=np.float32) for i in members])
+        found = plans[members[0]].stages[0].score_rows(together)
+        decisions.update((i, plans[i]._choose(scores)) for i, scores in zip(members, found, strict=True))
+    return [decisions[i] for i in range(len(plans))]
 
 
 def best_places(values: Floats, count: int) -> Places:

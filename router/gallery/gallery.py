@@ -8,7 +8,8 @@ one matrix-vector product. The metric M acts on the query, so that a new metric 
 nothing else.
 
 One writer at a time (a lock), any number of readers without one: a reader works on a `GallerySnapshot`, which no later
-change touches. Slots freed by a change are used again only when no snapshot that knew them is left.
+change touches. Slots freed by a change are used again only when no snapshot that knew them is left; where a fit frees
+many, what is left moves to another matrix.
 """
 
 import threading
@@ -40,6 +41,7 @@ Kind = Literal["examples", "description"]
 DESCRIPTION_DISCOUNT = 0.05  # off the score of an adapter known by its description alone
 _GATHER_SHARE = 8  # with fewer than 1/8 of the slots asked for, their rows are gathered first
 _LEAST_SLOTS = 64  # by which the matrix grows at least
+_SLACK_SHARE = 0.25  # of slots without a candidate after a fit: more, and the matrix is made anew
 _BLOCK = 4096  # slots whose lengths are computed at once
 
 
@@ -276,6 +278,7 @@ class Gallery:
         metric = fit_metric(groups, self.dim)
         whole = {k: _Entry(share.rows, "examples") for k, share in self._sample.kept.items() if share.whole}
         self._write(slots, {**whole, **new}, metric)
+        self._compact(slots)
         self._measure(metric)
         found = cross_scores(groups, self._base, self._shape)
         self._sample.use()
@@ -294,6 +297,14 @@ class Gallery:
             matrix.examples[slot] = len(entry.rows) / len(rows)
             matrix.inverse[slot] = _inverse(centroid_lengths(metric, matrix.rows[slot], matrix.examples[slot]))
             matrix.discount[slot] = DESCRIPTION_DISCOUNT if entry.kind == "description" else 0.0
+
+    def _compact(self, slots: dict[str, int]) -> None:
+        """A matrix of what is left, if much of it is not: every query reads all of it. Snapshots keep the old one."""
+        old, order = self._matrix, list(slots.values())
+        if old.used - len(order) > _SLACK_SHARE * old.used:
+            rows, inverse, discount, examples = (a[order] for a in (old.rows, old.inverse, old.discount, old.examples))
+            self._matrix = _Matrix(rows, inverse, discount, examples, used=len(order))
+            slots.update(zip(slots, range(len(order)), strict=True))
 
     def _retire(self, slots: dict[str, int], key: str) -> None:
         if key in slots:

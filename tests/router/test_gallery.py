@@ -111,6 +111,22 @@ def test_slots_are_used_again_only_when_nobody_looks() -> None:
     assert gallery.snapshot().used == grown
 
 
+def test_a_fit_leaves_few_slots_that_nobody_has_and_harms_no_older_snapshot() -> None:
+    gallery = filled(60)
+    held = gallery.snapshot()
+    queries = prompts(5, 2)
+    expected = held.score(queries).copy()
+    for i in range(6):
+        gallery.put(BASE, prompts(70 + i, 20), "examples")  # fits anew, while somebody looks at every slot
+    after = gallery.snapshot()
+    assert len(after.candidates) == 60
+    assert 60 <= after.used <= 80
+    assert len(after.rows) < len(held.rows) * 2
+    np.testing.assert_array_equal(held.score(queries), expected)
+    every, one = after.score(queries), after.score(queries, ["a7"])
+    np.testing.assert_allclose(one[:, 0], every[:, after.candidates.index("a7")], atol=1e-6)
+
+
 def test_one_by_one_in_any_order_is_as_all_at_once() -> None:
     entries = [(f"a{i}", prompts(i), "examples") for i in range(12)] + [(BASE, prompts(70, 20), "examples")]
     at_once, single = Gallery(DIM), Gallery(DIM)

@@ -12,7 +12,7 @@ from loramux.kernels.lora.interface import ModuleWeights
 from loramux.router.gallery import Gallery
 from loramux.router.interface import BASE, Floats
 from loramux.router.options import RouteOptions, RouterError
-from loramux.router.policy import LIGHT_CANDIDATES, Decision, Pool, RouterPolicy, best_places
+from loramux.router.policy import LIGHT_CANDIDATES, Decision, Pool, RouterPolicy, best_places, decide_together
 from loramux.router.scores.dataset import ScoredQuery, ScoreTable, build_table
 from loramux.router.scores.ensemble import Ensemble
 from loramux.router.scores.knn import Neighbours
@@ -473,3 +473,29 @@ def test_the_other_rungs_change_while_the_gallery_forgets(monkeypatch: pytest.Mo
     assert not waited
     assert policy.plan(["c"]).rung == "weights"
     assert policy.plan(["a", "b"]).candidates == ("b",)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_decisions_made_together_are_those_made_alone(policy: RouterPolicy, with_base: bool) -> None:
+    if with_base:  # and no calibration: every query has a threshold of its own
+        known = gallery({"a": 0, "b": 1, "c": 2})
+        known.put(BASE, 0.6 * AXES[:1] + AXES[3:4])
+        policy.use_gallery(known, "gallery's")
+    pool = Pool(list("abc"))
+    asked = [(pool, "auto"), (Pool("ab"), "auto"), (pool, "examples"), (pool, "auto"), (Pool("c"), "examples")]
+    plans = [policy.plan(names, options(policy=rung)) for names, rung in asked]
+    rows = [AXES[2], AXES[1], AXES[3], 0.8 * AXES[0] + 0.2 * AXES[1], AXES[2]]
+    found = decide_together(plans, rows)
+    for plan, row, decision in zip(plans, rows, found, strict=True):
+        alone = plan.decide(row)
+        assert (decision.chosen, decision.rung, decision.reason) == (alone.chosen, alone.rung, alone.reason)
+        assert decision.threshold == pytest.approx(alone.threshold)
+        assert dict(decision.scores) == pytest.approx(dict(alone.scores), abs=1e-6)
+    assert len({decision.chosen for decision in found}) > 2
+
+
+def test_only_what_takes_an_embedding_is_decided_together(policy: RouterPolicy) -> None:
+    plan = policy.plan(Pool("d"))
+    assert plan.rung == "weights"
+    with pytest.raises(ValueError, match="embedding"):
+        decide_together([plan], [AXES[0]])

@@ -21,6 +21,7 @@ from loramux.router.interface import BASE, Floats
 from loramux.router.options import RouteOptions
 from loramux.router.policy import Decision, Plan, Pool, RouterPolicy
 from loramux.router.versions import ArtifactError
+from loramux.server.api.auto.deciding import Deciding
 from loramux.server.api.auto.embedders import CachedEmbedder, Embedder
 from loramux.server.api.auto.ending import end
 from loramux.server.api.auto.learning import Learner, Texts
@@ -74,6 +75,7 @@ class RouterService:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="router-write")
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="router-encode")
         self._scoring = ThreadPoolExecutor(2, thread_name_prefix="router-score")
+        self._deciding = Deciding(self._scoring)
         self._learner = Learner()
         weights_bytes = int(settings.router_weights_bytes)
         self._weights = WeightsRung(self._policy, store, parts.base_examples, weights_bytes)
@@ -349,10 +351,7 @@ class RouterService:
                 assert self._queries is not None  # there is no rung before there is an encoder
                 row = (await self._queries.embed([text], salt, tenant or ""))[0]
             states = await self._weights.states(text, salt, tenant or "") if plan.layers else None
-            if plan.is_light:
-                decision = plan.decide(row)
-            else:
-                decision = await asyncio.get_running_loop().run_in_executor(self._scoring, plan.decide, row, states)
+            decision = await self._deciding.decide(plan, row, states)
             plan = plan.after(decision)
         waiting = self._learner.waiting(pool.known)
         if waiting:
