@@ -14,12 +14,15 @@ two-sided: a prompt goes to the side it is likelier of. With s_i = -a_i,
     p(s) = (1 + #{s_i <= s}) / (n + 1),   q(s) = (1 + #{b_j >= s}) / (m + 1)
 
 the threshold is then the least score with p >= q, but no less than the least s_i, wherever alpha would put it: apart
-sides cost no prompt that belongs, and sides that overlap err alike. `Calibration` says how much.
+sides cost no prompt that belongs, and sides that overlap err alike, up to a bound. `Calibration` says how much.
 
 Outsiders are a second other side, made of the adapters' own examples: how an example scores for the likeliest of the
 *other* adapters, as a prompt would whose adapter is not there. They stand for near misses, which resemble some adapter
-more than they resemble the base. The threshold is the higher of both sides'; but adapters that are alike make outsiders
-that belong, so outsiders cost at most the share `OUTSIDER_COST` of the s_i.
+more than they resemble the base. The threshold is the higher of both sides'.
+
+Neither side may cost more than the share `MOST_COST` * alpha of the s_i: alpha is what may be lost, adapters that are
+alike make outsiders that belong, and a base known by many near misses says what they look like, not how often they
+come.
 """
 
 import math
@@ -29,7 +32,7 @@ import numpy as np
 
 from loramux.router.interface import Floats
 
-OUTSIDER_COST = 0.25
+MOST_COST = 2.0
 
 
 def examples_needed(alpha: float) -> int:
@@ -119,6 +122,6 @@ def calibrate(alpha: float, held_out: Floats, negatives: Floats, outsiders: Floa
         return Calibration(alpha, held_out, negatives, outsiders, None)
     bar = threshold(held_out, alpha) if len(negatives) < needed else crossing(held_out, negatives)
     if len(outsiders) >= needed:
-        most = np.sort(held_out)[int(OUTSIDER_COST * len(held_out))]
-        bar = max(bar, min(crossing(held_out, outsiders), float(most)))
-    return Calibration(alpha, held_out, negatives, outsiders, bar)
+        bar = max(bar, crossing(held_out, outsiders))
+    most = np.sort(held_out)[min(int(MOST_COST * alpha * len(held_out)), len(held_out) - 1)]
+    return Calibration(alpha, held_out, negatives, outsiders, min(bar, float(most)))
