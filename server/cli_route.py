@@ -70,6 +70,11 @@ def add_commands(
     training.add_argument("file", metavar="FILE.jsonl", type=Path)
     training.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
     training.add_argument("--out", type=Path, metavar="DIR", help="folder of versions (default: in the store)")
+    training.add_argument(
+        "--fine-tune", type=Path, metavar="FOLDER",
+        help="train the sentence encoder of --router-encoder itself and write it here, for servers to be given as "
+        "their --router-encoder; the scorer is RouterDC's for it",
+    )  # fmt: skip
     training.add_argument("--json", action="store_true", help="print JSON")
     add_arguments(training, TRAIN_SETTINGS)
 
@@ -240,12 +245,12 @@ def evaluate(api: Api, args: argparse.Namespace, console: Console) -> None:
 
 def train(args: argparse.Namespace, console: Console) -> None:
     """Trains a scorer in this process, with progress bars."""
-    own = {"command", "file", "seed", "out", "json"}
+    own = {"command", "file", "seed", "out", "fine_tune", "json"}
     settings = load_settings({key: value for key, value in vars(args).items() if key not in own})
     from loramux.server.api.auto.offline import OfflineError, train_file  # torch takes seconds: not for other commands
 
     try:
-        made = train_file(settings, args.file, args.out, args.seed)
+        made = train_file(settings, args.file, args.out, args.seed, args.fine_tune)
     except OfflineError as error:
         raise CommandError(str(error)) from error
     if args.json:
@@ -260,6 +265,8 @@ def train(args: argparse.Namespace, console: Console) -> None:
         f"\n{made['chosen']} ({made['setting']}) on {made['rows']} queries is version {made['version']} in "
         f"{made['folder']}", highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
+    if args.fine_tune is not None:
+        console.print(f"serve with --router-encoder {args.fine_tune}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _shown(compared: Sequence[dict[str, Any]], chosen: str) -> list[dict[str, Any]]:

@@ -23,6 +23,10 @@ Pooling = Literal["mean", "cls"]
 Side = Literal["left", "right"]
 
 
+POOLING_FOLDER = "1_Pooling"
+_POOLING_KEYS: dict[Pooling, str] = {"mean": "mean_tokens", "cls": "cls_token"}
+
+
 class EncoderError(ValueError):
     """The encoder cannot be used as asked; the message names the setting and the remedy."""
 
@@ -104,9 +108,25 @@ class HuggingFaceEncoder:
         self.name = self._identity()
 
     def save(self, folder: Path) -> None:
-        """Writes weights (safetensors), configuration and tokenizer, for `HuggingFaceEncoder(folder, ...)`."""
+        """Writes weights (safetensors), configuration, tokenizer, and pooling and token limit as sentence-transformers.
+
+        `HuggingFaceEncoder(folder)` then gives the same rows; but for `truncation`, `normalise` and `prefix`, which
+        have to be given again. OSError when the disk refuses.
+        """
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        (folder / POOLING_FOLDER).mkdir(exist_ok=True)
+        modes = {f"pooling_mode_{key}": self.pooling == mode for mode, key in _POOLING_KEYS.items()}
+        files: dict[str, Any] = {
+            "modules.json": [
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": POOLING_FOLDER, "type": "sentence_transformers.models.Pooling"},
+            ],
+            f"{POOLING_FOLDER}/config.json": {"word_embedding_dimension": self.dim, **modes},
+            "sentence_bert_config.json": {"max_seq_length": self.max_tokens, "do_lower_case": False},
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[int]]:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)

@@ -151,11 +151,12 @@ class Gallery:
     A change that fits takes tens of milliseconds (some 50 adapters) to about a second (any number), so an event loop
     should leave changes to a worker thread; readers never wait.
 
-    `alpha` is the share of belonging prompts that the calibrated threshold may turn away (see `conformal` for when it is
-    up to twice that); it needs 1 / alpha - 1 examples over all adapters that have two or more (19 at the default).
-    Centroids are made of all of an adapter's examples, metric and threshold of a bounded number over all adapters (see
-    `sample`). Adapters get up to `max_centroids`, one per four examples. The base's own queries go in under the key
-    `BASE`: they make the score two-sided and are never a candidate, and with enough of them the threshold is two-sided.
+    `alpha` is the share of belonging prompts that the calibrated threshold may turn away, or up to twice that where
+    others come close (see `conformal`); it needs 1 / alpha - 1 examples over all adapters that have two or more (19 at
+    the default). Centroids are made of all of an adapter's examples, metric and threshold of a bounded number over all
+    adapters (see `sample`). Adapters get up to `max_centroids`, one per four examples. The base's own queries go in
+    under the key `BASE`: they make the score two-sided and are never a candidate, and with enough of them the threshold
+    is two-sided.
     """
 
     def __init__(self, dim: int, *, alpha: float = 0.05, max_centroids: int = 3, max_base_centroids: int = 16) -> None:

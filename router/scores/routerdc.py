@@ -179,12 +179,13 @@ def fine_tune_encoder(
     *,
     seed: int,
     progress: Progress | None = None,
-) -> RouterDC:
+) -> tuple[RouterDC, float]:
     """The paper's own form: `encoder` is trained in place (its `name` changes), on the texts of the table's rows.
 
     The table's embeddings are the encoder's before training; clusters come from them. Returns the keys as a scorer over
-    embeddings of the trained encoder. Raises ValueError when texts and rows differ in number, or when `projection` or
-    `dropout` is not 0 (the encoder has its own).
+    embeddings of the trained encoder, and the best mean score of the queries that early stopping held out. Raises
+    ValueError when texts and rows differ in number, or when `projection` or `dropout` is not 0 (the encoder has its
+    own).
     """
     options = options or RouterDCOptions(projection=0, learning_rate=5e-5, dropout=0.0)
     if len(texts) != len(table.embeddings):
@@ -202,10 +203,11 @@ def fine_tune_encoder(
 
     with torch.random.fork_rng(devices=[] if encoder.device == "cpu" else None):
         torch.manual_seed(seed)  # the encoder's own dropout
-        _train(table, options, head, nn.ModuleList([encoder.model, head]), embed, generator, seed, progress)
+        trained = nn.ModuleList([encoder.model, head])
+        value = _train(table, options, head, trained, embed, generator, seed, progress)
     encoder.model.eval()
     encoder.refresh_name()
-    return head.scorer(table.candidates, options.temperature)
+    return head.scorer(table.candidates, options.temperature), value
 
 
 def _train(
@@ -217,8 +219,8 @@ def _train(
     generator: torch.Generator,
     seed: int,
     progress: Progress | None,
-) -> None:
-    """Trains the parameters of `trained` and leaves them at the state of the best held-out score.
+) -> float:
+    """Trains the parameters of `trained`, leaves them at the state of the best held-out score and returns that.
 
     `embed(rows, training)` gives P e(x) [len(rows), width] of rows of the table.
     """
@@ -258,6 +260,7 @@ def _train(
             if stale == options.patience:
                 break
     trained.load_state_dict(best_state)
+    return float(best)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -10,10 +10,15 @@ import httpx
 import pytest
 from api.harness import BASE, Bench, adapter_files, listening, make_bench, parts
 from api.test_routing import NOBODYS, QUERY, SPELL, SUM, TALK
+from support.encoders import save_encoder
 
 from loramux.router import artifacts
+from loramux.router.encoders.huggingface import HuggingFaceEncoder
+from loramux.router.scores.routerdc import RouterDC
+from loramux.server.api.auto.parts import prepare
 from loramux.server.cli import main
 from loramux.server.demo.assets import demo_base_path
+from loramux.server.settings import load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +148,40 @@ def test_training_says_what_is_wrong(tmp_path: Path, scores: str, capsys: pytest
         assert words in error
         assert "Traceback" not in error
     assert main(["route", "train", scores, "--router", "maybe"]) == 2
+
+
+def test_the_encoder_is_trained_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder it is written to is an encoder for a server, and the scorer is for that one."""
+    source = save_encoder(tmp_path / "source", pooling="cls_token")
+    rows = [
+        {"query": f"w{i % 20 + 20 * (i % 2)} w{i * 7 % 20 + 20 * (i % 2)}", "scores": {"odd": i % 2, "even": 1 - i % 2}}
+        for i in range(80)
+    ]
+    flags = ["--router-encoder", str(source), "--store-dir", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    command = ["route", "train", lines(tmp_path / "scores.jsonl", rows), *flags, "--fine-tune"]
+    trained = tmp_path / "made" / "trained"
+    assert main([*command, str(trained)]) == 0
+    assert f"serve with --router-encoder {trained}" in capsys.readouterr().out
+    settings = load_settings({"router_encoder": str(trained)})
+    parts = prepare(settings, demo_base_path(), 4)
+    assert parts is not None
+    assert isinstance(parts.local, HuggingFaceEncoder)
+    assert parts.local.pooling == "cls"
+    artifact = artifacts.load(tmp_path / "out")
+    artifact.check_encoder(parts.local.name, parts.local.dim)
+    assert parts.local.name != HuggingFaceEncoder(source).name
+    assert isinstance(artifact.scorer, RouterDC)
+    assert artifact.scorer.projection is None
+    assert artifact.scorer.candidates == ("even", "odd")
+    assert 0 <= artifact.notes["compared"][0]["estimate"] <= 1
+    for more, words in (
+        ([str(trained)], "there is something already"),
+        ([str(tmp_path / "new"), "--router-encoder", "ngram"], "only a sentence encoder"),
+        ([str(tmp_path / "new"), "--router-encoder", f"{source}+ngram"], "only a sentence encoder"),
+        ([str(tmp_path / "scores.jsonl" / "new")], "cannot be written"),
+    ):
+        assert main([*command, *more]) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_training_with_the_base(tmp_path: Path, scores: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,13 @@ from loramux.adapters_store.base_spec import base_spec_from_config
 from loramux.router import artifacts
 from loramux.router.interface import Floats, Progress
 from loramux.router.progress import bars
-from loramux.router.scores.dataset import DatasetError, build_table, merge, read_scores
+from loramux.router.scores.dataset import DatasetError, ScoredQuery, build_table, merge, read_scores
+from loramux.router.scores.routerdc import fine_tune_encoder
 from loramux.server.api.auto.embedders import TEXTS_AT_ONCE
 from loramux.server.api.auto.parts import RouterParts, RouterSetupError, prepare
 from loramux.server.api.auto.scoring import BASE_WORD, SCORERS, as_routed
 from loramux.server.api.auto.service import FOLDER
-from loramux.server.api.auto.training import train
+from loramux.server.api.auto.training import KEPT_VERSIONS, train
 from loramux.server.api.rendering import Renderer, TokenizerError
 from loramux.server.api.serve import ServeError, configure_logging, find_model, structure_of
 from loramux.server.engine.client import ProcessEngineClient
@@ -33,8 +34,12 @@ class OfflineError(Exception):
     """Training is not possible; the message says why and what would help."""
 
 
-def train_file(settings: Settings, file: Path, out: Path | None, seed: int) -> dict[str, Any]:
+def train_file(
+    settings: Settings, file: Path, out: Path | None, seed: int, fine_tune: Path | None = None
+) -> dict[str, Any]:
     """Trains on a file of scores and saves the next version in `out`, or in the store of these settings.
+
+    With `fine_tune`, the sentence encoder is trained itself and written there, and the scorer is for that one.
 
     Returns the artefact's notes with `version` and `folder`. Deterministic by `seed`. Raises `OfflineError`.
     """
@@ -55,9 +60,12 @@ def train_file(settings: Settings, file: Path, out: Path | None, seed: int) -> d
         rows = merge(as_routed(row, words) for row in read_scores(file))
         folder = out if out is not None else settings.store_root(structure_of(spec)) / FOLDER / SCORERS
         with bars() as progress:
-            texts = [row.query for row in rows]
-            embeddings, encoder = asyncio.run(_embed(settings, parts, renderer, model, texts, progress))
-            version = train(build_table(rows, embeddings), folder, encoder, seed=seed, progress=progress)
+            if fine_tune is None:
+                texts = [row.query for row in rows]
+                embeddings, encoder = asyncio.run(_embed(settings, parts, renderer, model, texts, progress))
+                version = train(build_table(rows, embeddings), folder, encoder, seed=seed, progress=progress)
+            else:
+                version = _fine_tuned(parts, rows, folder, fine_tune, seed, progress)
         made = artifacts.load(folder, version)
     except (ServeError, TokenizerError, UnsupportedModelError, RouterSetupError) as error:
         raise OfflineError(str(error)) from error
@@ -66,6 +74,39 @@ def train_file(settings: Settings, file: Path, out: Path | None, seed: int) -> d
     except EngineError as error:
         raise OfflineError(f"the base cannot embed the queries: {error}") from error
     return {**made.notes, "version": version, "folder": str(folder)}
+
+
+def _fine_tuned(
+    parts: RouterParts, rows: list[ScoredQuery], folder: Path, target: Path, seed: int, progress: Progress
+) -> int:
+    """Trains the settings' sentence encoder, writes it to `target` and the scorer for it as the next version."""
+    from loramux.router.encoders.huggingface import HuggingFaceEncoder  # transformers takes seconds
+
+    if not isinstance(parts.local, HuggingFaceEncoder):
+        raise OfflineError(
+            "--fine-tune: only a sentence encoder can be trained; give --router-encoder its path or hub name, without "
+            "+ngram"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OfflineError(f"--fine-tune {target}: there is something already; name a new folder")
+    encoder, rows = parts.local, [row for row in rows if row.scores]
+    texts = [row.query for row in rows]
+    progress("embedding queries", 0, len(texts))
+    table = build_table(rows, encoder.encode(texts))
+    progress("embedding queries", len(texts), len(texts))
+    scorer, value = fine_tune_encoder(encoder, texts, table, seed=seed, progress=progress)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        encoder.save(target)
+    except OSError as error:
+        raise OfflineError(f"--fine-tune {target}: cannot be written ({error.strerror})") from error
+    chosen = {"name": "RouterDC with its encoder", "setting": "as published", "estimate": value}
+    notes = {
+        "rows": len(rows), "seed": seed, "chosen": chosen["name"], "setting": chosen["setting"],
+        "criterion": "mean score of queries held out", "compared": [chosen],
+    }  # fmt: skip
+    name = HuggingFaceEncoder(target).name  # as a server will know it
+    return artifacts.save(folder, artifacts.Artifact(scorer, name, encoder.dim, notes), keep=KEPT_VERSIONS)
 
 
 async def _embed(
