@@ -18,20 +18,30 @@ PART_SCORES = 64
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token, its log-probability (None for a prompt's first), the likeliest tokens, and where its text begins."""
+    """A token, its log-probability (None for a prompt's first), the likeliest tokens, and where its text begins.
+
+    `likeliest` float64 [2 k] has each token's id and log-probability as the engine sends them: an answer is kept until
+    it is written, and as Python's numbers they would take seven times as much.
+    """
 
     token_id: int
     logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
+    likeliest: bytes = b""
     offset: int = 0
+
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        """The likeliest tokens, each with its log-probability."""
+        values = np.maximum(np.frombuffer(self.likeliest), LEAST).tolist()
+        return [(int(token), value) for token, value in zip(values[::2], values[1::2], strict=True)]
 
 
 def read_scores(token_ids: Sequence[int], raw: bytes) -> list[TokenScore]:
     """The scores of tokens from the bytes of an `EngineOutput`; their offsets are not known yet."""
-    table = np.maximum(np.frombuffer(raw).reshape(len(token_ids), -1), LEAST).tolist()
+    table = np.frombuffer(raw).reshape(len(token_ids), -1)
+    own = np.maximum(table[:, 0], LEAST).tolist()
     return [
-        TokenScore(token, row[0], tuple((int(row[i]), row[i + 1]) for i in range(1, len(row), 2)))
-        for token, row in zip(token_ids, table, strict=True)
+        TokenScore(token, logprob, row[1:].tobytes()) for token, logprob, row in zip(token_ids, own, table, strict=True)
     ]
 
 

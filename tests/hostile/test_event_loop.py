@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from api.harness import BASE, Bench, saying, sse
 
@@ -167,7 +168,7 @@ async def test_few_threads_compute_and_hand_over_soon(bench: Bench, monkeypatch:
 
 
 def many(words: TokenBytes, count: int) -> ChatLogprobs:
-    top = tuple((97 + i, -1.0 - i) for i in range(20))
+    top = np.array([(97 + i, -1.0 - i) for i in range(20)]).tobytes()
     return chat_logprobs([TokenScore(97, -0.5, top) for _ in range(count)], words)
 
 
