@@ -22,6 +22,7 @@ from loramux.server.api.completions import prompt_tokens
 from loramux.server.api.context import arrival, request_id
 from loramux.server.api.errors import bad_request
 from loramux.server.api.generation import too_long
+from loramux.server.api.lanes import in_charged_lanes
 from loramux.server.api.metrics import RequestTimes, Status
 from loramux.server.api.resolve import AUTO, Query, Selection, select
 from loramux.server.api.schemas.embeddings import EmbeddingList, EmbeddingRequest, EmbeddingUsage
@@ -31,9 +32,6 @@ from loramux.server.api.wire import JSONAnswer
 from loramux.server.engine.protocol import PoolingParams, QueueFullError
 
 router = APIRouter(route_class=BodyRoute)
-
-LANES = 8
-"""Inputs of one request that the engine has at once: a long list leaves room for others."""
 
 
 @router.post("/v1/embeddings", response_model=EmbeddingList)
@@ -54,8 +52,7 @@ async def create_embeddings(request: Request, body: EmbeddingRequest, state: Sta
         longest = max(len(prompt) for prompt in prompts)
         if longest > info.max_model_len:
             raise too_long(longest, info.max_model_len, "input")
-        lanes = min(LANES, caller.limits.requests or LANES, len(prompts))
-        embedding = Embedder(state, selection, f"embd-{request_id(request)}", prompts, arrival(request), lanes)
+        embedding = Embedder(state, selection, f"embd-{request_id(request)}", prompts, arrival(request))
         vectors = await unless_disconnected(request, embedding.run())
         text = await asyncio.to_thread(_answer, vectors, selection, prompts, base64_wanted(body))
         return JSONAnswer(text, headers=selection.headers)
@@ -68,37 +65,18 @@ def base64_wanted(body: EmbeddingRequest) -> bool:
 
 @dataclass(slots=True)
 class Embedder:
-    """The inputs of one request on their way through the engine, `lanes` at a time."""
+    """The inputs of one request on their way through the engine, some at a time."""
 
     state: ServerState
     selection: Selection
     id: str
     prompts: Sequence[Sequence[int]]
     start: float
-    lanes: int
 
     async def run(self) -> list[np.ndarray]:
         """The unit vectors, float32 [hidden] each. Raises `EngineError`; cancelling it aborts what still runs."""
-        work = [range(lane, len(self.prompts), self.lanes) for lane in range(self.lanes)]
-        tokens = [sum(len(self.prompts[i]) for i in indices) for indices in work]
-        self.selection.admission.reserve(tokens, [0] * self.lanes)
-        tasks = [asyncio.create_task(self._lane(lane, indices)) for lane, indices in enumerate(work)]
-        try:
-            found = dict(item for items in await asyncio.gather(*tasks) for item in items)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return [found[index] for index in range(len(self.prompts))]
-
-    async def _lane(self, lane: int, indices: Sequence[int]) -> list[tuple[int, np.ndarray]]:
-        used = 0
-        found = []
-        for index in indices:
-            used += len(self.prompts[index])
-            self.selection.admission.used(lane, used)
-            found.append((index, await self._one(self.prompts[index])))
-        return found
+        tokens = [len(prompt) for prompt in self.prompts]
+        return await in_charged_lanes(self.selection.admission, self.prompts, tokens, self._one)
 
     async def _one(self, prompt: Sequence[int]) -> np.ndarray:
         """One input's vector. Whatever way it ends, it is counted once."""

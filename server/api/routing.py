@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fastapi import APIRouter, Request
@@ -14,8 +14,6 @@ from loramux.router.interface import BASE
 from loramux.router.options import RouterError
 from loramux.router.policy import Decision
 from loramux.router.scores.dataset import DatasetError, ScoredQuery
-from loramux.server.api.admission import Admission
-from loramux.server.api.auto.ending import end
 from loramux.server.api.auto.ledger import LedgerError
 from loramux.server.api.auto.recent import Served
 from loramux.server.api.auto.reports import options_of, refused, report_of
@@ -23,8 +21,8 @@ from loramux.server.api.auto.scoring import BASE_WORD, AdapterGoneError, as_rout
 from loramux.server.api.auto.service import RouterService
 from loramux.server.api.bodies import BodyRoute
 from loramux.server.api.caller import Caller, From
-from loramux.server.api.embeddings import LANES
 from loramux.server.api.errors import APIError, bad_request, model_not_found, unavailable
+from loramux.server.api.lanes import in_charged_lanes
 from loramux.server.api.resolve import addressed
 from loramux.server.api.schemas.routing import (
     FeedbackRequest,
@@ -67,7 +65,9 @@ async def route(body: RouteRequest, state: State, caller: From) -> Response:
 
     with state.gate.admit(caller) as admission:
         try:
-            decisions = await _in_lanes(service, admission, body.queries, one)
+            limited = caller.limits.tokens_per_minute is not None
+            tokens = [await service.prompt_tokens(query) if limited else 0 for query in body.queries]
+            decisions = await in_charged_lanes(admission, body.queries, tokens, one)
         except RouterError as error:
             raise refused(error) from None
         headers = admission.headers
@@ -76,38 +76,6 @@ async def route(body: RouteRequest, state: State, caller: From) -> Response:
         for index, decision in enumerate(decisions)
     ]
     return Response(RouteList(object="list", data=data).json_text(), media_type=JSON, headers=headers)
-
-
-async def _in_lanes(
-    service: RouterService, admission: Admission, queries: Sequence[str], decide: Callable[[str], Awaitable[Decision]]
-) -> list[Decision]:
-    """The decisions, in the queries' order, `LANES` at a time: a long list leaves room for others.
-
-    Each takes its prompt's tokens, of which the router looks at --router-max-tokens, from the caller's. Raises what
-    `Admission.reserve` and `decide` raise.
-    """
-    limits = admission.caller.limits
-    lanes = min(LANES, limits.requests or LANES, len(queries))
-    limited = limits.tokens_per_minute is not None
-    tokens = [await service.prompt_tokens(query) if limited else 0 for query in queries]
-    admission.reserve([sum(tokens), *[0] * (lanes - 1)], [0] * lanes)
-    left = iter(enumerate(queries))
-    found: dict[int, Decision] = {}
-    used = 0
-
-    async def work() -> None:
-        nonlocal used
-        for index, query in left:  # shared: each lane takes the next query that nobody has
-            used += tokens[index]
-            admission.used(0, used)
-            found[index] = await decide(query)
-
-    workers = [asyncio.create_task(work()) for _ in range(lanes)]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        await end(workers)
-    return [found[index] for index in range(len(queries))]
 
 
 @router.get("/v1/router", response_model=RouterState)

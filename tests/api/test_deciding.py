@@ -68,7 +68,7 @@ async def test_those_that_wait_are_one_lot_and_each_gets_its_own(threads: Thread
     assert [d.chosen[0][0] for d in found if not isinstance(d, BaseException)] == [
         "abcd"[i % DIM] for i in range(MAX_TOGETHER + 3) if i != 1
     ]
-    assert scorer.lots == [1, MAX_TOGETHER - 1, 3]
+    assert scorer.lots == [1, MAX_TOGETHER, 2]
     assert (await deciding.decide(plan, ROWS[3], None)).chosen == (("d", 1.0),)
 
 

@@ -10,7 +10,8 @@ import openai
 import pytest
 from api.harness import BASE, STATES, VOCAB, Bench
 
-from loramux.server.api.embeddings import LANES, unit
+from loramux.server.api.embeddings import unit
+from loramux.server.api.lanes import LANES
 from loramux.server.engine.protocol import AdapterLoadError, EngineDeadError, PoolingParams, QueueFullError
 
 

@@ -11,7 +11,7 @@ from api.harness import Bench, in_process, make_bench
 from api.test_routing import NOBODYS, QUERY, SPELL, SUM, TALK, ready, teach
 from api.test_tenants import As
 
-from loramux.server.api.embeddings import LANES
+from loramux.server.api.lanes import LANES
 
 pytestmark = pytest.mark.anyio
 

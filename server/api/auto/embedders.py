@@ -15,6 +15,8 @@ from loramux.router.encoders.cache import CacheError, EmbeddingCache
 from loramux.router.interface import Encoder, Floats
 from loramux.server.api.auto.base_states import BaseStates
 from loramux.server.api.auto.probing import pooled
+from loramux.server.api.auto.together import Together
+from loramux.server.api.lanes import in_lanes
 from loramux.server.engine.protocol import EngineClient
 
 PROBES_AT_ONCE = 8  # of one call: examples by the thousand must not fill the engine's queue
@@ -62,20 +64,8 @@ class ProbeEmbedder:
         """See `Embedder.embed`. Raises a 400 where the chat template refuses a text."""
         if len(texts) == 1:
             return (await self._row(texts[0], salt, tenant))[None]
-        rows = np.zeros((len(texts), self.dim), np.float32)
-        left = iter(enumerate(texts))
-
-        async def work() -> None:
-            for index, text in left:  # shared: each worker takes the next text that nobody has
-                rows[index] = await self._row(text, salt, tenant)
-
-        workers = [asyncio.create_task(work()) for _ in range(min(self._at_once, len(texts)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-        return rows
+        rows = await in_lanes(texts, lambda text: self._row(text, salt, tenant), self._at_once)
+        return np.array(rows, np.float32).reshape(len(texts), self.dim)
 
     async def _row(self, text: str, salt: str, tenant: str) -> Floats:
         tokens = await self._states.prompts.tokens_of(text)
@@ -91,9 +81,7 @@ class LocalEmbedder:
 
     def __init__(self, encoder: Encoder, threads: Executor) -> None:
         self._encoder = encoder
-        self._threads = threads
-        self._waiting: list[tuple[Sequence[str], asyncio.Future[Floats]]] = []
-        self._running: asyncio.Task[None] | None = None
+        self._lots: Together[Sequence[str], Floats] = Together(threads, self._encoded, TEXTS_AT_ONCE, len)
 
     @property
     def name(self) -> str:
@@ -105,42 +93,12 @@ class LocalEmbedder:
 
     async def embed(self, texts: Sequence[str], salt: str = "", tenant: str = "") -> Floats:
         """See `Embedder.embed`; nothing is kept and no engine asked, so that it is the same for every caller."""
-        future: asyncio.Future[Floats] = asyncio.get_running_loop().create_future()
-        self._waiting.append((texts, future))
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
-        return await future
+        return await self._lots.ask(texts)
 
-    async def _run(self) -> None:
-        try:
-            while self._waiting:
-                batch = self._take()
-                texts = [text for part, _ in batch for text in part]
-                try:
-                    rows = await asyncio.get_running_loop().run_in_executor(self._threads, self._encoder.encode, texts)
-                except Exception as error:
-                    for _, future in batch:
-                        if not future.done():
-                            future.set_exception(error)
-                    continue
-                start = 0
-                for part, future in batch:
-                    if not future.done():
-                        future.set_result(rows[start : start + len(part)])
-                    start += len(part)
-        finally:
-            self._running = None
-
-    def _take(self) -> list[tuple[Sequence[str], "asyncio.Future[Floats]"]]:
-        """The next calls whose caller still waits, of about `TEXTS_AT_ONCE` texts together."""
-        batch = []
-        size = 0
-        while self._waiting and size < TEXTS_AT_ONCE:
-            texts, future = self._waiting.pop(0)
-            if not future.done():
-                batch.append((texts, future))
-                size += len(texts)
-        return batch
+    def _encoded(self, parts: list[Sequence[str]]) -> list[Floats]:
+        rows = self._encoder.encode([text for part in parts for text in part])
+        ends = np.cumsum([len(part) for part in parts])
+        return np.split(rows, ends[:-1])
 
 
 class JoinedEmbedder:
