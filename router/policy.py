@@ -154,7 +154,7 @@ class _Stage:
             raise ValueError("the weights rung takes no embeddings")
         if isinstance(source, GallerySnapshot):
             calibration, threshold = source.calibration, source.calibration.threshold
-            basis, values = calibration.describe(), source.score_at(rows, self.places)
+            basis, values = calibration.describe(), np.ascontiguousarray(source.score_at(rows, self.places))
             likeness = source.base_likeness(rows) if threshold is None else None
             if likeness is None:
                 return [_Scores(row, threshold, basis) for row in values]
@@ -167,6 +167,11 @@ class _Stage:
             return [_Scores(row[self.places], None, "the base has no predicted score") for row in values]
         base = source.candidates.index(BASE)
         return [_Scores(row[self.places], float(row[base]), "the base's predicted score") for row in values]
+
+    def of_all(self) -> "_Stage":
+        """The same rung over everything that its source scores."""
+        count = self.source.used if isinstance(self.source, GallerySnapshot) else len(self.source.candidates)
+        return replace(self, places=np.arange(count))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -282,7 +287,7 @@ class Plan:
 
 
 def decide_together(plans: Sequence[Plan], rows: Sequence[Floats]) -> list[Decision]:
-    """`plan.decide(row)` of each plan with its embedding [dim]: one product for all that share a rung's state.
+    """`plan.decide(row)` of each plan with its embedding [dim]: one product for all that one rung's state judges.
 
     Many candidates are read from memory once for all of them, which is most of what one costs. ValueError for a plan
     whose next rung takes no embedding.
@@ -291,11 +296,16 @@ def decide_together(plans: Sequence[Plan], rows: Sequence[Floats]) -> list[Decis
     for i, plan in enumerate(plans):
         if not plan.encoder:
             raise ValueError("only plans that need an embedding are decided together")
-        groups.setdefault(id(plan.stages[0]), []).append(i)
+        groups.setdefault(id(plan.stages[0].source), []).append(i)
     decisions: dict[int, Decision] = {}
     for members in groups.values():
         together = np.stack([np.asarray(rows[i], dtype=np.float32) for i in members])
-        found = plans[members[0]].stages[0].score_rows(together)
+        stages = [plans[i].stages[0] for i in members]
+        if all(stage is stages[0] for stage in stages):
+            found = stages[0].score_rows(together)
+        else:  # of several pools, or restricted by their requests
+            wide = stages[0].of_all().score_rows(together)
+            found = [replace(s, values=s.values[stage.places]) for s, stage in zip(wide, stages, strict=True)]
         decisions.update((i, plans[i]._choose(scores)) for i, scores in zip(members, found, strict=True))
     return [decisions[i] for i in range(len(plans))]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
@@ -113,7 +114,10 @@ class HuggingFaceEncoder:
         `HuggingFaceEncoder(folder)` then gives the same rows; but for `truncation`, `normalise` and `prefix`, which
         have to be given again. OSError when the disk refuses.
         """
-        self.model.save_pretrained(folder)
+        try:
+            self.model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
         self.tokenizer.save_pretrained(folder)
         (folder / POOLING_FOLDER).mkdir(exist_ok=True)
         modes = {f"pooling_mode_{key}": self.pooling == mode for mode, key in _POOLING_KEYS.items()}

@@ -8,8 +8,8 @@ one matrix-vector product. The metric M acts on the query, so that a new metric 
 nothing else.
 
 One writer at a time (a lock), any number of readers without one: a reader works on a `GallerySnapshot`, which no later
-change touches. Slots freed by a change are used again only when no snapshot that knew them is left; where a fit frees
-many, what is left moves to another matrix.
+change touches. Slots freed by a change are used again only when no snapshot that knew them is left; where many are
+free, what is left moves to another matrix.
 """
 
 import threading
@@ -176,7 +176,7 @@ class Gallery:
             np.zeros(0, np.float32),
         )
         empty = np.zeros(0, np.float32)
-        self._publish({}, plain_metric(dim), self._base, calibrate(alpha, empty, empty, empty))
+        self._publish(_Draft({}, self._matrix), plain_metric(dim), self._base, calibrate(alpha, empty, empty, empty))
 
     @property
     def dim(self) -> int:
@@ -246,9 +246,10 @@ class Gallery:
         n = len(state.keys)
         unmeasured = np.zeros(state.rows.shape[:2], np.float32)
         gallery._matrix = _Matrix(state.rows.copy(), unmeasured, state.discount.copy(), state.examples.copy(), n)
-        gallery._measure(state.metric)
         base_rows = base_centroids(state.base, state.metric, shape)
-        gallery._publish(dict(zip(state.keys, range(n), strict=True)), state.metric, base_rows, state.calibration)
+        draft = _Draft(dict(zip(state.keys, range(n), strict=True)), gallery._matrix)
+        draft.inverse = _measured(draft.matrix, state.metric)
+        gallery._publish(draft, state.metric, base_rows, state.calibration)
         return gallery
 
     # What follows holds the lock.
@@ -266,32 +267,46 @@ class Gallery:
         return unit_rows(rows)
 
     def _change(self, new: Mapping[str, _Entry], gone: Sequence[str], *, base_changed: bool) -> None:
-        """Publishes the candidates without those `gone` and with the `new`, fitted anew if it is time."""
-        now, slots = self._snapshot, dict(self._snapshot.slots)
+        """Publishes the candidates without those `gone` and with the `new`, fitted anew if it is time.
+
+        All or nothing: what fails, for want of memory, say, leaves the published state and its slots as they were.
+        """
+        now = self._snapshot
         self._matrix.reclaim(min(s.epoch for s in list(self._alive)))
-        for key in gone:
-            self._retire(slots, key)
-        if not base_changed and not self._sample.is_stale():
-            self._write(slots, new, now.metric)
-            self._publish(slots, now.metric, now.base_rows, now.calibration)
-            return
+        draft = _Draft(dict(now.slots), self._matrix)
+        try:
+            for key in gone:
+                draft.leave(key)
+            if base_changed or self._sample.is_stale():
+                self._fit(draft, new)
+            else:
+                self._write(draft, new, now.metric)
+                draft.compact()
+                self._publish(draft, now.metric, now.base_rows, now.calibration)
+        except BaseException:
+            draft.give_back()
+            raise
+
+    def _fit(self, draft: "_Draft", new: Mapping[str, _Entry]) -> None:
+        """Publishes the draft with the `new`, metric, centroids and threshold made anew."""
         groups = self._sample.groups()
         metric = fit_metric(groups, self.dim)
-        whole = {k: _Entry(share.rows, "examples") for k, share in self._sample.kept.items() if share.whole}
-        self._write(slots, {**whole, **new}, metric)
-        self._compact(slots)
-        self._measure(metric)
         found = cross_scores(groups, self._base, self._shape)
-        self._sample.use()
+        calibration = calibrate(self._alpha, found.own, found.base, found.outsiders)
         base_rows = base_centroids(self._base, metric, self._shape)
-        self._publish(slots, metric, base_rows, calibrate(self._alpha, found.own, found.base, found.outsiders))
+        whole = {k: _Entry(share.rows, "examples") for k, share in self._sample.kept.items() if share.whole}
+        self._write(draft, {**whole, **new}, metric)
+        draft.compact()
+        draft.inverse = _measured(draft.matrix, metric)
+        self._publish(draft, metric, base_rows, calibration)
+        self._sample.use()
 
-    def _write(self, slots: dict[str, int], entries: Mapping[str, _Entry], metric: Metric) -> None:
+    def _write(self, draft: "_Draft", entries: Mapping[str, _Entry], metric: Metric) -> None:
         """Puts each candidate's centroids into a slot of its own; unused places repeat the first."""
-        matrix = self._matrix
+        matrix = draft.matrix
         for key, entry in entries.items():
-            self._retire(slots, key)
-            slots[key] = slot = matrix.take()
+            draft.leave(key)
+            slot = draft.take(key)
             rows = centroids(entry.rows, metric, self._shape.most)
             matrix.rows[slot] = rows[0]
             matrix.rows[slot, : len(rows)] = rows
@@ -299,36 +314,73 @@ class Gallery:
             matrix.inverse[slot] = _inverse(centroid_lengths(metric, matrix.rows[slot], matrix.examples[slot]))
             matrix.discount[slot] = DESCRIPTION_DISCOUNT if entry.kind == "description" else 0.0
 
-    def _compact(self, slots: dict[str, int]) -> None:
-        """A matrix of what is left, if much of it is not: every query reads all of it. Snapshots keep the old one."""
-        old, order = self._matrix, list(slots.values())
+    def _publish(self, draft: "_Draft", metric: Metric, base_rows: Floats, calibration: Calibration) -> None:
+        base = (base_rows, _inverse(centroid_lengths(metric, base_rows, len(self._base) / max(len(base_rows), 1))))
+        matrix = draft.matrix
+        inverse = matrix.inverse if draft.inverse is None else draft.inverse
+        arrays = (matrix.rows, inverse, matrix.discount)
+        made = GallerySnapshot(draft.slots, *arrays, metric, *base, calibration, self._epoch + 1, matrix.used)
+        self._alive.add(made)
+        matrix.inverse = inverse
+        matrix.retired += [(self._epoch, slot) for slot in draft.left]
+        self._matrix, self._snapshot, self._epoch = matrix, made, made.epoch
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The next state's slots while they are filled: what was taken for it and what it leaves, in its `matrix`.
+
+    `inverse` is set where all lengths are measured anew: older snapshots keep theirs.
+    """
+
+    slots: dict[str, int]
+    matrix: _Matrix
+    taken: list[int] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
+    inverse: Floats | None = None
+    began_with: _Matrix = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.began_with = self.matrix
+
+    def leave(self, key: str) -> None:
+        """The candidate, if it is there, no longer has its slot."""
+        if key in self.slots:
+            self.left.append(self.slots.pop(key))
+
+    def take(self, key: str) -> int:
+        """A slot for a candidate."""
+        slot = self.matrix.take()
+        self.taken.append(slot)
+        self.slots[key] = slot
+        return slot
+
+    def compact(self) -> None:
+        """Moves to a matrix of what is left, if much of it is not: every query reads all of it.
+
+        Snapshots keep the old one.
+        """
+        old, order = self.matrix, list(self.slots.values())
         if old.used - len(order) > _SLACK_SHARE * old.used:
             rows, inverse, discount, examples = (a[order] for a in (old.rows, old.inverse, old.discount, old.examples))
-            self._matrix = _Matrix(rows, inverse, discount, examples, used=len(order))
-            slots.update(zip(slots, range(len(order)), strict=True))
+            self.matrix = _Matrix(rows, inverse, discount, examples, used=len(order))
+            self.slots.update(zip(self.slots, range(len(order)), strict=True))
+            self.left = []
 
-    def _retire(self, slots: dict[str, int], key: str) -> None:
-        if key in slots:
-            self._matrix.retired.append((self._snapshot.epoch, slots.pop(key)))
+    def give_back(self) -> None:
+        """The draft comes to nothing: nobody knows the slots that were taken for it."""
+        self.began_with.free += self.taken
 
-    def _measure(self, metric: Metric) -> None:
-        """Every centroid's length under a new metric, into an array of its own: older snapshots keep theirs."""
-        matrix = self._matrix
-        inverse = np.zeros_like(matrix.inverse)
-        for start in range(0, matrix.used, _BLOCK):
-            rows = matrix.rows[start : min(start + _BLOCK, matrix.used)]
-            examples = np.repeat(matrix.examples[start : start + len(rows)], rows.shape[1])
-            found = centroid_lengths(metric, rows.reshape(-1, self.dim), examples)
-            inverse[start : start + len(rows)] = _inverse(found).reshape(len(rows), -1)
-        matrix.inverse = inverse
 
-    def _publish(self, slots: Mapping[str, int], metric: Metric, base_rows: Floats, calibration: Calibration) -> None:
-        matrix = self._matrix
-        self._epoch += 1
-        arrays = (matrix.rows, matrix.inverse, matrix.discount)
-        base = (base_rows, _inverse(centroid_lengths(metric, base_rows, len(self._base) / max(len(base_rows), 1))))
-        self._snapshot = GallerySnapshot(slots, *arrays, metric, *base, calibration, self._epoch, matrix.used)
-        self._alive.add(self._snapshot)
+def _measured(matrix: _Matrix, metric: Metric) -> Floats:
+    """1 / every centroid's length under a metric: float32 [slots, centroids]."""
+    inverse = np.zeros_like(matrix.inverse)
+    for start in range(0, matrix.used, _BLOCK):
+        rows = matrix.rows[start : min(start + _BLOCK, matrix.used)]
+        examples = np.repeat(matrix.examples[start : start + len(rows)], rows.shape[1])
+        found = centroid_lengths(metric, rows.reshape(-1, rows.shape[-1]), examples)
+        inverse[start : start + len(rows)] = _inverse(found).reshape(len(rows), -1)
+    return inverse
 
 
 def _inverse(lengths: Floats) -> Floats:

@@ -16,6 +16,7 @@ from loramux.router.scores.budget import MAX_BYTES, NoRoomError
 from loramux.router.scores.dataset import Doubles, ScoreTable
 
 _QUERIES_AT_ONCE = 512
+_CELLS_AT_ONCE = 1 << 22  # of neighbours' scores, 8 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,10 @@ class Neighbours:
     def _average(self, cosines: Floats, scores: Doubles) -> Doubles:
         """[queries, c] from cosines [queries, rows] and scores [rows, c] without gaps."""
         k = min(self.k, cosines.shape[1])
+        at_once = max(1, _CELLS_AT_ONCE // (k * scores.shape[1]))
+        if len(cosines) > at_once:
+            parts = [cosines[i : i + at_once] for i in range(0, len(cosines), at_once)]
+            return np.concatenate([self._average(part, scores) for part in parts])
         near = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
         close = np.take_along_axis(cosines, near, 1).astype(np.float64)
         weights = np.exp((close - close.max(1, keepdims=True)) / self.temperature)

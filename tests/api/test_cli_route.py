@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from api.harness import BASE, Bench, adapter_files, listening, make_bench, parts
 from api.test_routing import NOBODYS, QUERY, SPELL, SUM, TALK
+from safetensors import SafetensorError
 from support.encoders import save_encoder
 
 from loramux.router import artifacts
 from loramux.router.encoders.huggingface import HuggingFaceEncoder
 from loramux.router.scores.routerdc import RouterDC
+from loramux.server.api.auto import offline
 from loramux.server.api.auto.parts import prepare
 from loramux.server.cli import main
 from loramux.server.demo.assets import demo_base_path
@@ -150,7 +153,9 @@ def test_training_says_what_is_wrong(tmp_path: Path, scores: str, capsys: pytest
     assert main(["route", "train", scores, "--router", "maybe"]) == 2
 
 
-def test_the_encoder_is_trained_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_encoder_is_trained_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The folder it is written to is an encoder for a server, and the scorer is for that one."""
     source = save_encoder(tmp_path / "source", pooling="cls_token")
     rows = [
@@ -174,6 +179,7 @@ def test_the_encoder_is_trained_itself(tmp_path: Path, capsys: pytest.CaptureFix
     assert artifact.scorer.projection is None
     assert artifact.scorer.candidates == ("even", "odd")
     assert 0 <= artifact.notes["compared"][0]["estimate"] <= 1
+    monkeypatch.setattr(offline, "fine_tune_encoder", None)  # what follows is found before any training
     for more, words in (
         ([str(trained)], "there is something already"),
         ([str(tmp_path / "new"), "--router-encoder", "ngram"], "only a sentence encoder"),
@@ -182,6 +188,30 @@ def test_the_encoder_is_trained_itself(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert main([*command, *more]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("full", ["encoder", "scorer"])
+def test_a_full_disk_leaves_no_encoder_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, scores: str, full: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left") if full == "encoder" else OSError(28, "No space left")
+
+    def untrained(encoder: HuggingFaceEncoder, *_: object, **__: object) -> tuple[RouterDC, float]:
+        return RouterDC(("a", "b"), np.eye(2, encoder.dim, dtype=np.float32), None, 1.0), 0.5
+
+    source = save_encoder(tmp_path / "source")
+    monkeypatch.setattr(offline, "fine_tune_encoder", untrained)
+    if full == "encoder":
+        monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", refuse)
+    else:
+        monkeypatch.setattr(artifacts, "save", refuse)
+    flags = ["--router-encoder", str(source), "--store-dir", str(tmp_path / "store")]
+    assert main(["route", "train", scores, *flags, "--fine-tune", str(tmp_path / "made" / "trained")]) == 1
+    error = capsys.readouterr().err
+    assert "No space left" in error
+    assert ("--fine-tune" if full == "encoder" else "the scorer cannot be saved") in error
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_training_with_the_base(tmp_path: Path, scores: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,21 @@ async def test_an_error_reaches_all_of_its_lot_and_nobody_else(threads: ThreadPo
     assert (await deciding.decide(plan, ROWS[1], None)).chosen == (("b", 1.0),)
 
 
+async def test_those_whom_the_threads_leave_behind_are_told(threads: ThreadPoolExecutor) -> None:
+    scorer, deciding = Slow(), Deciding(threads)
+    plan = planned(scorer)
+    busy = [threads.submit(scorer.go.wait, 20) for _ in range(2)]
+    asked = [asyncio.create_task(deciding.decide(plan, ROWS[0], None)) for _ in range(2)]
+    await asyncio.sleep(0.01)  # they are a lot that no thread has begun
+    asked.append(asyncio.create_task(deciding.decide(plan, ROWS[0], None)))
+    await asyncio.sleep(0)
+    threads.shutdown(wait=False, cancel_futures=True)
+    await asyncio.wait(asked, timeout=20)
+    assert all(task.cancelled() for task in asked)
+    scorer.go.set()
+    assert all(future.result(20) for future in busy)
+
+
 async def test_nobody_waits_for_threads_that_have_ended(threads: ThreadPoolExecutor) -> None:
     scorer, deciding = Slow(), Deciding(threads)
     plan = planned(scorer)

@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,8 +19,10 @@ import trustme
 from api.harness import END, TEMPLATE, Bench, FakeEngine, adapter_files, byte_tokenizer, in_process, make_bench
 from transformers import LlamaConfig
 
-from loramux.server.api.connections import BoundedProtocol
+from loramux.server.api import serve as serve_module
+from loramux.server.api.connections import BoundedProtocol, HandshakeLoop
 from loramux.server.api.serve import (
+    Parts,
     ServeError,
     Server,
     assemble,
@@ -244,6 +247,31 @@ def test_a_signal_drains(running: Any) -> None:
         assert list(lines)[-1] == "data: [DONE]"
     made.thread.join(20)
     assert not made.thread.is_alive()
+
+
+def test_the_loop_bounds_handshakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench(tmp_path, header_timeout_seconds=7)
+    loops = []
+
+    async def serves(server: Server, sockets: list[socket.socket]) -> None:
+        loops.append(asyncio.get_running_loop())
+        sockets[0].close()
+        server.started = True
+
+    async def announces(*_: object) -> None:
+        pass
+
+    for name in ("configure_logging", "raise_file_limit"):  # which would outlive the test
+        monkeypatch.setattr(serve_module, name, lambda *_: 1 << 20)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    monkeypatch.setattr(serve_module, "assemble", lambda _: Parts(bench.state, []))
+    monkeypatch.setattr(Server, "serve", serves)
+    monkeypatch.setattr(Server, "announce", announces)
+    assert serve_module.serve(bench.state.settings) == 0
+    (loop,) = loops
+    assert isinstance(loop, HandshakeLoop)
+    assert loop._handshake_seconds == 7
 
 
 def test_connections_are_served_by_the_bounded_h11_protocol(tmp_path: Path) -> None:

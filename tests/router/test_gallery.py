@@ -127,6 +127,50 @@ def test_a_fit_leaves_few_slots_that_nobody_has_and_harms_no_older_snapshot() ->
     np.testing.assert_allclose(one[:, 0], every[:, after.candidates.index("a7")], atol=1e-6)
 
 
+def test_a_change_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails, for want of memory, say: no slot is lost, or someone else's."""
+    gallery = filled(12)
+    for i in range(12):
+        gallery.put(f"d{i}", prompts(200 + i, 1), "description")
+    keys, queries = [*(f"a{i}" for i in range(12)), *(f"d{i}" for i in range(12))], prompts(3, 4)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    for step in ("cross_scores", "base_centroids", "centroids", "_measured", "GallerySnapshot"):
+        before = gallery.snapshot()
+        expected = before.score(queries, keys).copy()
+        for attempt in range(3):
+            with monkeypatch.context() as broken:
+                broken.setattr(f"loramux.router.gallery.gallery.{step}", fail)
+                with pytest.raises(MemoryError):
+                    gallery.put(BASE, prompts(70 + attempt, 20))
+            assert gallery.snapshot() is before
+        np.testing.assert_array_equal(gallery.snapshot().score(queries, keys), expected)
+        del before
+        gallery.put(BASE, prompts(80, 20))
+        gallery.put("a3", prompts(3))
+        found = gallery.snapshot()
+        assert len(set(found.slots.values())) == len(found.slots) == 24
+        for i in range(12):
+            assert found.candidates[int(found.score(prompts(200 + i, 1)).argmax())] == f"d{i}"
+        assert found.used <= 80
+
+
+def test_much_that_is_removed_is_read_no_longer() -> None:
+    gallery = filled(4)
+    gallery.put_many([(f"d{i}", prompts(200 + i, 1), "description") for i in range(400)])
+    held = gallery.snapshot()
+    expected = held.score(prompts(5, 2)).copy()
+    gallery.remove(*(f"d{i}" for i in range(390)))
+    gallery.put("d400", prompts(600, 1), "description")
+    after = gallery.snapshot()
+    assert len(after.candidates) == 15
+    assert after.used <= 20
+    np.testing.assert_array_equal(held.score(prompts(5, 2)), expected)
+    assert after.candidates[int(after.score(prompts(600, 1)).argmax())] == "d400"
+
+
 def test_one_by_one_in_any_order_is_as_all_at_once() -> None:
     entries = [(f"a{i}", prompts(i), "examples") for i in range(12)] + [(BASE, prompts(70, 20), "examples")]
     at_once, single = Gallery(DIM), Gallery(DIM)

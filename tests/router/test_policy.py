@@ -475,23 +475,49 @@ def test_the_other_rungs_change_while_the_gallery_forgets(monkeypatch: pytest.Mo
     assert policy.plan(["a", "b"]).candidates == ("b",)
 
 
-@pytest.mark.parametrize("with_base", [False, True])
-def test_decisions_made_together_are_those_made_alone(policy: RouterPolicy, with_base: bool) -> None:
-    if with_base:  # and no calibration: every query has a threshold of its own
-        known = gallery({"a": 0, "b": 1, "c": 2})
-        known.put(BASE, 0.6 * AXES[:1] + AXES[3:4])
-        policy.use_gallery(known, "gallery's")
-    pool = Pool(list("abc"))
-    asked = [(pool, "auto"), (Pool("ab"), "auto"), (pool, "examples"), (pool, "auto"), (Pool("c"), "examples")]
-    plans = [policy.plan(names, options(policy=rung)) for names, rung in asked]
-    rows = [AXES[2], AXES[1], AXES[3], 0.8 * AXES[0] + 0.2 * AXES[1], AXES[2]]
-    found = decide_together(plans, rows)
-    for plan, row, decision in zip(plans, rows, found, strict=True):
+class AxisScorer:
+    """A candidate's score is the query's number on its axis; of the base, where it is known, a half."""
+
+    def __init__(self, *candidates: str) -> None:
+        self.candidates = candidates
+
+    def score(self, embeddings: Floats) -> Floats:
+        half = np.full((len(embeddings), 1), 0.5, np.float32)
+        return np.concatenate([embeddings, half], axis=1)[
+            :, [-1 if c == BASE else "abc".index(c) for c in self.candidates]
+        ]
+
+
+@pytest.mark.parametrize("known", ["examples", "examples, base", "scores", "scores, base"])
+def test_decisions_made_together_are_those_made_alone(policy: RouterPolicy, known: str) -> None:
+    """Of one pool and of several, of the whole and restricted, of a first rung and of one that follows."""
+    if known == "examples, base":  # and no calibration: every query has a threshold of its own
+        made = gallery({"a": 0, "b": 1, "c": 2})
+        made.put(BASE, 0.6 * AXES[:1] + AXES[3:4])
+        policy.use_gallery(made, "gallery's")
+    elif known.startswith("scores"):
+        policy.use_scorer(AxisScorer(*("cba" if known == "scores" else ("c", BASE, "a", "b"))), "scorer's")
+    pool = Pool("abc")
+    asked = [
+        (pool, {}), (Pool("ab"), {}), (pool, {"policy": "examples"}), (pool, {}), (Pool("c"), {"policy": "examples"}),
+        (pool, {"candidates": ["b", "c"]}), (pool, {"threshold": -5}),
+    ]  # fmt: skip
+    plans = [policy.plan(names, options(**given)) for names, given in asked]
+    rows = [AXES[2], AXES[1], AXES[3], 0.8 * AXES[0] + 0.2 * AXES[1], AXES[2], AXES[1], AXES[0]]
+    together = decide_together(plans, rows)
+    for plan, row, decision in zip(plans, rows, together, strict=True):
         alone = plan.decide(row)
         assert (decision.chosen, decision.rung, decision.reason) == (alone.chosen, alone.rung, alone.reason)
-        assert decision.threshold == pytest.approx(alone.threshold)
+        assert decision.threshold == (None if alone.threshold is None else pytest.approx(alone.threshold))
         assert dict(decision.scores) == pytest.approx(dict(alone.scores), abs=1e-6)
-    assert len({decision.chosen for decision in found}) > 2
+    assert len({decision.chosen for decision in together}) > 2
+    following = [(plan.after(d), row) for plan, d, row in zip(plans, together, rows, strict=True)]
+    left = [(plan, row) for plan, row in following if plan is not None and plan.encoder]
+    for (plan, row), decision in zip(
+        left, decide_together(*map(list, zip(*left, strict=True))) if left else [], strict=True
+    ):
+        alone = plan.decide(row)
+        assert (decision.chosen, decision.rung, decision.reason) == (alone.chosen, alone.rung, alone.reason)
 
 
 def test_only_what_takes_an_embedding_is_decided_together(policy: RouterPolicy) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def train_file(
             if fine_tune is None:
                 texts = [row.query for row in rows]
                 embeddings, encoder = asyncio.run(_embed(settings, parts, renderer, model, texts, progress))
-                version = train(build_table(rows, embeddings), folder, encoder, seed=seed, progress=progress)
+                with _saving(folder):
+                    version = train(build_table(rows, embeddings), folder, encoder, seed=seed, progress=progress)
             else:
                 version = _fine_tuned(parts, rows, folder, fine_tune, seed, progress)
         made = artifacts.load(folder, version)
@@ -87,26 +90,48 @@ def _fine_tuned(
             "--fine-tune: only a sentence encoder can be trained; give --router-encoder its path or hub name, without "
             "+ngram"
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OfflineError(f"--fine-tune {target}: there is something already; name a new folder")
-    encoder, rows = parts.local, [row for row in rows if row.scores]
-    texts = [row.query for row in rows]
-    progress("embedding queries", 0, len(texts))
-    table = build_table(rows, encoder.encode(texts))
-    progress("embedding queries", len(texts), len(texts))
-    scorer, value = fine_tune_encoder(encoder, texts, table, seed=seed, progress=progress)
+    with _new_folder(target) as begun:
+        encoder, rows = parts.local, [row for row in rows if row.scores]
+        texts = [row.query for row in rows]
+        progress("embedding queries", 0, len(texts))
+        table = build_table(rows, encoder.encode(texts))
+        progress("embedding queries", len(texts), len(texts))
+        scorer, value = fine_tune_encoder(encoder, texts, table, seed=seed, progress=progress)
+        encoder.save(begun)
+        name = HuggingFaceEncoder(begun).name  # as a server will know it
+        chosen = {"name": "RouterDC with its encoder", "setting": "as published", "estimate": value}
+        notes = {
+            "rows": len(rows), "seed": seed, "chosen": chosen["name"], "setting": chosen["setting"],
+            "criterion": "mean score of queries held out", "compared": [chosen],
+        }  # fmt: skip
+        with _saving(folder):
+            return artifacts.save(folder, artifacts.Artifact(scorer, name, encoder.dim, notes), keep=KEPT_VERSIONS)
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """What keeps the disk from taking a scorer is an `OfflineError`."""
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        encoder.save(target)
+        yield
+    except OSError as error:
+        raise OfflineError(f"the scorer cannot be saved in {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that becomes it in the end, or is removed. Raises `OfflineError`, before anything else
+    where the place cannot be used."""
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise OfflineError(f"--fine-tune {target}: there is something already; name a new folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as begun:
+            made = Path(begun, "encoder")
+            made.mkdir()
+            yield made
+            made.replace(target)
     except OSError as error:
         raise OfflineError(f"--fine-tune {target}: cannot be written ({error.strerror})") from error
-    chosen = {"name": "RouterDC with its encoder", "setting": "as published", "estimate": value}
-    notes = {
-        "rows": len(rows), "seed": seed, "chosen": chosen["name"], "setting": chosen["setting"],
-        "criterion": "mean score of queries held out", "compared": [chosen],
-    }  # fmt: skip
-    name = HuggingFaceEncoder(target).name  # as a server will know it
-    return artifacts.save(folder, artifacts.Artifact(scorer, name, encoder.dim, notes), keep=KEPT_VERSIONS)
 
 
 async def _embed(
