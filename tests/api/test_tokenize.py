@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 from api.harness import ASSISTANT, BASE, BEGIN, END, USER, VOCAB, Bench
 
+from loramux.server.api.tokenize import MAX_LISTED
+
 pytestmark = pytest.mark.anyio
 
 TALK = [{"role": "user", "content": "hi"}]
@@ -71,3 +73,13 @@ async def test_models(bench: Bench) -> None:
 async def test_mistakes(bench: Bench, path: str, body: dict[str, Any], param: str) -> None:
     response = await post(bench, path, **body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_lists_of_tokens_have_a_bound(bench: Bench) -> None:
+    text = "a" * (MAX_LISTED + 1)
+    for field, body in (("prompt", {"prompt": text}), ("messages", {"messages": [{"role": "user", "content": text}]})):
+        response = await bench.client.post("/tokenize", json=body)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, field, "too_many_tokens")
+        assert f"at most {MAX_LISTED}" in error["message"]
+    assert (await post(bench, "/tokenize", prompt=text[1:])).json()["count"] == MAX_LISTED
