@@ -10,22 +10,23 @@ from loramux.router.gallery.metric import Metric, fit_metric
 from loramux.router.interface import Floats
 
 FOLDS = 8
-BASE_SHARE = 0.5
+BASE_SHARE = 0.7
+BASE_NEAREST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Bounds on centroids: `most` of an adapter, `most_base` of the base, which stands for many kinds of query."""
+    """Width of the embeddings, and how many centroids an adapter has at `most`."""
 
     dim: int
     most: int
-    most_base: int
 
 
 def evidence(best: Floats, base: Floats | None) -> Floats:
-    """best - base / 2: what speaks for an adapter, less half of what speaks for the base (nothing where it is unknown).
+    """best - `BASE_SHARE` * base: what speaks for an adapter, less a share of what speaks for the base (nothing where
+    it is unknown).
 
-    Half, because a near miss is close to both; the whole would measure nothing but the boundary between the two.
+    A share, because a near miss is close to both; the whole would measure nothing but the boundary between the two.
     """
     return best if base is None else best - np.float32(BASE_SHARE) * base
 
@@ -48,9 +49,14 @@ def nearest_threshold(base: float) -> float:
     return base - BASE_SHARE * base
 
 
-def base_centroids(base: Floats, metric: Metric, shape: Shape) -> Floats:
-    """The base's centroids, float32 [k, dim], k = 0 where it has no examples."""
-    return centroids(base, metric, shape.most_base) if len(base) else base
+def nearest_mean(likeness: Floats) -> Floats:
+    """The mean of the `BASE_NEAREST` largest of each row [n, examples >= 1]: float32 [n].
+
+    The base stands for many kinds of query, of which a few examples each are there: by the nearest of these a near miss
+    is known better than by means of many.
+    """
+    k = min(BASE_NEAREST, likeness.shape[1])
+    return np.asarray(np.partition(likeness, -k, axis=1)[:, -k:].mean(axis=1), dtype=np.float32)
 
 
 def centroid_lengths(metric: Metric, rows: Floats, examples: Floats | float) -> Floats:
@@ -105,13 +111,13 @@ def cross_scores(groups: Sequence[Floats], base: Floats, shape: Shape) -> CrossS
         their_lengths = np.concatenate(
             [centroid_lengths(metric, made, len(g) / len(made)) for g, made in zip(kept, rows, strict=True)]
         )
-        base_rows = base_centroids(kept_base, metric, shape)
-        base_lengths = centroid_lengths(metric, base_rows, len(kept_base) / max(len(base_rows), 1))
         held = [_only(g, fold, folds) for g in [*groups, base]]  # the base's last
         places = np.repeat(np.arange(len(held)), [len(h) for h in held])
         queries = np.concatenate(held)
         likeness = cosines(metric, queries, everyone, their_lengths)
-        base_likeness = cosines(metric, queries, base_rows, base_lengths).max(axis=1) if len(base_rows) else None
+        base_likeness = None
+        if len(kept_base):
+            base_likeness = nearest_mean(cosines(metric, queries, kept_base, metric.norms(kept_base)))
         mine, of_base = owners == places[:, None], places == len(groups)
         others = evidence(np.where(mine, -np.inf, likeness).max(axis=1), base_likeness)
         own.append(evidence(np.where(mine, likeness, -np.inf).max(axis=1), base_likeness)[~of_base])

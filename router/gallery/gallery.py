@@ -1,6 +1,7 @@
 """Centroids of every adapter's example prompts, and how near a query comes to them.
 
-    score(q, adapter) = max over its centroids c of cos_M(q, c)  -  1/2 max over the base's centroids b of cos_M(q, b)
+    score(q, adapter) = max over its centroids c of cos_M(q, c)  -  0.7 * base(q)
+    base(q) = the mean of the 3 largest cos_M(q, b) over the base's examples b
 
 (no base examples: no second term), where the length of a centroid of few examples is corrected for their number
 (`centroid_lengths`). Centroids are kept in one float32 matrix [slots, centroids, dim], so a query over all adapters is
@@ -25,11 +26,11 @@ from loramux.router.gallery.centroids import unit_rows
 from loramux.router.gallery.conformal import Calibration, calibrate
 from loramux.router.gallery.crossfit import (
     Shape,
-    base_centroids,
     centroid_lengths,
     centroids,
     cross_scores,
     evidence,
+    nearest_mean,
 )
 from loramux.router.gallery.metric import Metric, fit_metric, plain_metric
 from loramux.router.gallery.sample import MAX_BASE_EXAMPLES, Fitted, Sample
@@ -95,7 +96,7 @@ class GallerySnapshot:
         return evidence(likeness, self._base_products(weighed) / lengths if self.knows_base else None)
 
     def base_likeness(self, embeddings: Floats) -> Floats | None:
-        """max over the base's centroids of cos_M, float32 [n]; None while the base has no examples."""
+        """Mean of the largest cos_M with the base's examples, float32 [n]; None while there are none."""
         if not self.knows_base:
             return None
         queries = np.asarray(embeddings, dtype=np.float32)
@@ -104,9 +105,9 @@ class GallerySnapshot:
         return np.asarray(best / np.where(lengths > 0, lengths, 1), dtype=np.float32)
 
     def _base_products(self, weighed: Floats) -> Floats:
-        """max over the base's centroids of <q, b>_M / |b|_M of weighed queries: float32 [n, 1]."""
-        products = (weighed @ (self.base_rows - self.metric.mean).T) * self.base_inverse
-        return np.asarray(products.max(axis=1, keepdims=True), dtype=np.float32)
+        """The mean of the largest <q, b>_M / |b|_M of weighed queries, b the base's examples: float32 [n, 1]."""
+        products = (weighed @ self.base_rows.T - (weighed @ self.metric.mean)[:, None]) * self.base_inverse
+        return nearest_mean(products)[:, None]
 
 
 @dataclass(slots=True)
@@ -159,11 +160,11 @@ class Gallery:
     is two-sided.
     """
 
-    def __init__(self, dim: int, *, alpha: float = 0.05, max_centroids: int = 3, max_base_centroids: int = 16) -> None:
-        if dim < 1 or max_centroids < 1 or max_base_centroids < 1:
-            raise ValueError("dim, max_centroids and max_base_centroids must be at least 1")
+    def __init__(self, dim: int, *, alpha: float = 0.05, max_centroids: int = 3) -> None:
+        if dim < 1 or max_centroids < 1:
+            raise ValueError("dim and max_centroids must be at least 1")
         self._alpha = alpha
-        self._shape = Shape(dim, max_centroids, max_base_centroids)
+        self._shape = Shape(dim, max_centroids)
         self._lock = threading.Lock()
         self._epoch = 0
         self._alive: weakref.WeakSet[GallerySnapshot] = weakref.WeakSet()
@@ -239,17 +240,15 @@ class Gallery:
             shape.dim,
             alpha=state.calibration.alpha,
             max_centroids=shape.most,
-            max_base_centroids=shape.most_base,
         )
         gallery._base = state.base
         gallery._sample = Sample(state.kept, state.fitted)
         n = len(state.keys)
         unmeasured = np.zeros(state.rows.shape[:2], np.float32)
         gallery._matrix = _Matrix(state.rows.copy(), unmeasured, state.discount.copy(), state.examples.copy(), n)
-        base_rows = base_centroids(state.base, state.metric, shape)
         draft = _Draft(dict(zip(state.keys, range(n), strict=True)), gallery._matrix)
         draft.inverse = _measured(draft.matrix, state.metric)
-        gallery._publish(draft, state.metric, base_rows, state.calibration)
+        gallery._publish(draft, state.metric, state.base, state.calibration)
         return gallery
 
     # What follows holds the lock.
@@ -293,12 +292,11 @@ class Gallery:
         metric = fit_metric(groups, self.dim)
         found = cross_scores(groups, self._base, self._shape)
         calibration = calibrate(self._alpha, found.own, found.base, found.outsiders)
-        base_rows = base_centroids(self._base, metric, self._shape)
         whole = {k: _Entry(share.rows, "examples") for k, share in self._sample.kept.items() if share.whole}
         self._write(draft, {**whole, **new}, metric)
         draft.compact()
         draft.inverse = _measured(draft.matrix, metric)
-        self._publish(draft, metric, base_rows, calibration)
+        self._publish(draft, metric, self._base, calibration)
         self._sample.use()
 
     def _write(self, draft: "_Draft", entries: Mapping[str, _Entry], metric: Metric) -> None:
@@ -315,7 +313,7 @@ class Gallery:
             matrix.discount[slot] = DESCRIPTION_DISCOUNT if entry.kind == "description" else 0.0
 
     def _publish(self, draft: "_Draft", metric: Metric, base_rows: Floats, calibration: Calibration) -> None:
-        base = (base_rows, _inverse(centroid_lengths(metric, base_rows, len(self._base) / max(len(base_rows), 1))))
+        base = (base_rows, _inverse(metric.norms(base_rows)))
         matrix = draft.matrix
         inverse = matrix.inverse if draft.inverse is None else draft.inverse
         arrays = (matrix.rows, inverse, matrix.discount)

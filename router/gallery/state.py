@@ -13,7 +13,7 @@ from loramux.router.gallery.metric import Metric
 from loramux.router.gallery.sample import Fitted, Share
 from loramux.router.interface import Floats
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,6 @@ class GalleryState:
             "version": VERSION,
             "dim": self.shape.dim,
             "max_centroids": self.shape.most,
-            "max_base_centroids": self.shape.most_base,
             "alpha": self.calibration.alpha,
             "keys": list(self.keys),
             "sample": [[key, len(share.rows), share.of] for key, share in self.kept.items()],
@@ -70,7 +69,7 @@ class GalleryState:
         if info.get("version") != VERSION:
             raise ValueError(f"the gallery's state has version {info.get('version')!r}, this is version {VERSION}")
         try:
-            shape = Shape(int(info["dim"]), int(info["max_centroids"]), int(info["max_base_centroids"]))
+            shape = Shape(int(info["dim"]), int(info["max_centroids"]))
             keys = tuple(str(key) for key in info["keys"])
             sizes = {str(key): (int(size), int(of)) for key, size, of in info["sample"]}
             fitted = info["fitted"]

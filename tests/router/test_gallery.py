@@ -30,34 +30,36 @@ def filled(keys: int = 6, **settings: float) -> Gallery:
     return gallery
 
 
-def by_formula(snapshot: GallerySnapshot, queries: Floats, key: str, examples: int, base_examples: int) -> np.ndarray:
+def by_formula(snapshot: GallerySnapshot, queries: Floats, key: str, examples: int, base: Floats) -> np.ndarray:
     """score(q, adapter) of the module's docstring, in float64."""
     metric = snapshot.metric
     V, damping = metric.directions.astype(np.float64), metric.damping.astype(np.float64)
     M = np.eye(DIM) - V.T @ np.diag(damping) @ V
+    q = queries.astype(np.float64) - metric.mean
 
-    def nearest(rows: Floats, examples: int) -> np.ndarray:
-        rows = np.unique(rows, axis=0)
-        q, c = queries.astype(np.float64) - metric.mean, rows.astype(np.float64) - metric.mean
-        n, squares = examples / len(rows), np.sum(c @ M * c, 1)
-        lengths = np.sqrt(np.sum(q @ M * q, 1))[:, None] * np.sqrt(np.maximum((n * squares - 1) / (n - 1), squares / 2))
-        return np.asarray((q @ M @ c.T / lengths).max(axis=1))
+    def cosines(rows: Floats, examples: float) -> np.ndarray:
+        c = rows.astype(np.float64) - metric.mean
+        squares = np.sum(c @ M * c, 1)
+        true = np.maximum((examples * squares - 1) / (examples - 1), squares / 2) if examples > 1 else squares
+        return np.asarray(q @ M @ c.T / np.sqrt(np.sum(q @ M * q, 1))[:, None] / np.sqrt(true))
 
-    own = nearest(snapshot.rows[snapshot.slots[key]], examples)
-    return own - nearest(snapshot.base_rows, base_examples) / 2 if snapshot.knows_base else own
+    rows = np.unique(snapshot.rows[snapshot.slots[key]], axis=0)
+    own = np.asarray(cosines(rows, examples / len(rows)).max(axis=1))
+    return own - 0.7 * np.sort(cosines(base, 1), axis=1)[:, -3:].mean(axis=1) if len(base) else own
 
 
 @pytest.mark.parametrize("with_base", [False, True])
 def test_scores_are_the_formula(with_base: bool) -> None:
     gallery = filled()
+    base = np.concatenate([prompts(50), prompts(51)]) if with_base else np.zeros((0, DIM), np.float32)
     if with_base:
-        gallery.put(BASE, np.concatenate([prompts(50), prompts(51)]))
+        gallery.put(BASE, base)
     snapshot, queries = gallery.snapshot(), prompts(3, 5)
     scores = snapshot.score(queries)
     assert scores.shape == (5, 6)
     assert scores.dtype == np.float32
     for i, key in enumerate(snapshot.candidates):
-        wanted = by_formula(snapshot, queries, key, len(prompts(0)), 2 * len(prompts(0)))
+        wanted = by_formula(snapshot, queries, key, len(prompts(0)), base)
         np.testing.assert_allclose(scores[:, i], wanted, atol=1e-4)
     assert (snapshot.base_likeness(queries) is not None) == with_base
 
@@ -137,7 +139,7 @@ def test_a_change_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise MemoryError
 
-    for step in ("cross_scores", "base_centroids", "centroids", "_measured", "GallerySnapshot"):
+    for step in ("cross_scores", "centroids", "_measured", "GallerySnapshot"):
         before = gallery.snapshot()
         expected = before.score(queries, keys).copy()
         for attempt in range(3):
@@ -289,7 +291,7 @@ def test_eight_adapters_of_64_are_fitted_on_whole() -> None:
     for key, rows in every.items():
         np.testing.assert_array_equal(kept[key].rows, unit_rows(rows))
     groups = [share.rows for share in kept.values()]
-    metric, found = fit_metric(groups, DIM), cross_scores(groups, unit_rows(prompts(70, 20)), Shape(DIM, 3, 16))
+    metric, found = fit_metric(groups, DIM), cross_scores(groups, unit_rows(prompts(70, 20)), Shape(DIM, 3))
     snapshot = gallery.snapshot()
     np.testing.assert_array_equal(snapshot.metric.directions, metric.directions)
     np.testing.assert_array_equal(snapshot.calibration.held_out, found.own)

@@ -207,20 +207,20 @@ def test_outsiders_raise_the_threshold_at_a_bounded_cost() -> None:
 def test_held_out_scores_are_of_what_took_no_part() -> None:
     """Random labels: examples score no better for their own adapter than noise does, whitening or not."""
     groups = [rows(8, 64, i) for i in range(10)]
-    found = cross_scores(groups, rows(16, 64, 99), Shape(64, 3, 8))
+    found = cross_scores(groups, rows(16, 64, 99), Shape(64, 3))
     assert (len(found.own), len(found.outsiders), len(found.base)) == (80, 80, 16)
-    alone = cross_scores(groups, rows(0, 64), Shape(64, 3, 8))  # nothing is taken off for the base
+    alone = cross_scores(groups, rows(0, 64), Shape(64, 3))  # nothing is taken off for the base
     plain = [float(g.mean(axis=0) @ q) for g, q in zip(groups, rows(10, 64, 7), strict=True)]
     assert abs(alone.own.mean() - np.mean(plain)) < 0.1
     assert found.outsiders.mean() > found.own.mean()  # the best of nine, where none belongs
 
 
 def test_adapters_of_one_example_give_no_held_out_score() -> None:
-    found = cross_scores([rows(1, 8, 0), rows(3, 8, 1)], rows(0, 8), Shape(8, 3, 8))
+    found = cross_scores([rows(1, 8, 0), rows(3, 8, 1)], rows(0, 8), Shape(8, 3))
     assert (len(found.own), len(found.outsiders), len(found.base)) == (3, 3, 0)
-    alone = cross_scores([rows(3, 8, 1)], rows(4, 8), Shape(8, 3, 8))
+    alone = cross_scores([rows(3, 8, 1)], rows(4, 8), Shape(8, 3))
     assert (len(alone.own), len(alone.outsiders), len(alone.base)) == (3, 0, 4)
-    none = cross_scores([], rows(4, 8), Shape(8, 3, 8))
+    none = cross_scores([], rows(4, 8), Shape(8, 3))
     assert [len(none.own), len(none.outsiders), len(none.base)] == [0, 0, 0]
 
 
