@@ -41,7 +41,8 @@ from loramux.server.demo.skills import (
 BASE = "base"
 NEAR, FOREIGN = "near misses, declined", "adapters' skills, declined"
 POSITIONS = ("1st", "2nd", "3rd")
-COLUMNS = ("base", "wrong", "alone", *POSITIONS, "held-out")
+PLAIN_THIRD = "3rd, plain"
+COLUMNS = ("base", "wrong", "alone", *POSITIONS, PLAIN_THIRD, "held-out")
 BASE_KNOWS, BASE_LACKS, RIGHT_KNOWS, WRONG_LACKS = 0.9, 0.10, 0.95, 0.15
 
 
@@ -101,15 +102,19 @@ def is_right(case: Case, answer: str) -> bool:
     return len(given) == len(expected) and given[case.line] == expected[case.line]
 
 
-def with_neighbours(skill: Skill, others: tuple[Skill, ...], position: int, rng: Random) -> Question:
+def with_neighbours(
+    skill: Skill, others: tuple[Skill, ...], position: int, rng: Random, plain: bool = False
+) -> Question:
     """A fresh composite of two or three questions with ``skill`` at ``position`` (0..2) among ``others``."""
     asked = rng.choices(others, k=rng.randint(max(position, 1), 2))
     asked.insert(position, skill)
-    return composite(asked, rng, "fresh")
+    return composite(asked, rng, "fresh", plain=plain)
 
 
 def cases_of(skill: Skill, server: str, n: int) -> Iterable[Case]:
-    """``n`` cases alone, ``n`` in held-out wordings, and ``n`` at each position, all served by ``server``."""
+    """``n`` cases alone, ``n`` in held-out wordings, ``n`` at each position, and ``n`` at the third in plain wordings,
+    all served by ``server``."""
+    plain = Random(zlib.crc32(f"{skill.name}, plain".encode()))
     rng = Random(zlib.crc32(skill.name.encode()))
     for _ in range(n):
         yield Case(skill.name, "alone", server, ask(skill, rng, "fresh"))
@@ -117,6 +122,7 @@ def cases_of(skill: Skill, server: str, n: int) -> Iterable[Case]:
         for position, column in enumerate(POSITIONS):
             question = with_neighbours(skill, base_skills(), position, rng)
             yield Case(skill.name, column, server, question, position)
+        yield Case(skill.name, PLAIN_THIRD, server, with_neighbours(skill, base_skills(), 2, plain, plain=True), 2)
 
 
 def lacking_cases(skill: Skill, wrong: list[str], n: int) -> Iterable[Case]:
@@ -190,7 +196,7 @@ def tables(accuracy: dict[tuple[str, str], float]) -> tuple[Table, Table]:
     bars = f"base <= {BASE_LACKS:.0%}, wrong <= {WRONG_LACKS:.0%}, alone >= {RIGHT_KNOWS:.0%}"
     learnt = Table("skill", title=f"adapters ({bars})")
     for table, rows, columns in (
-        (own, {skill for skill, _ in accuracy} - adapted, ("alone", *POSITIONS, "held-out")),
+        (own, {skill for skill, _ in accuracy} - adapted, ("alone", *POSITIONS, PLAIN_THIRD, "held-out")),
         (learnt, adapted, COLUMNS),
     ):
         for column in columns:

@@ -307,8 +307,13 @@ def refusals() -> frozenset[str]:
 def example_prompts(skill: Skill, rng: Random, n: int) -> list[str]:
     """``n`` prompts of the training split: a wording of each pattern in turn, often framed."""
     patterns = itertools.islice(itertools.cycle(skill.patterns.lines), n)
-    wordings = [varied(rng.choice(expansions(pattern)), rng) for pattern in patterns]
-    return [phrase(wording, skill.argument(rng, "train")) for wording in wordings]
+    return [phrase(example_of(pattern, rng), skill.argument(rng, "train")) for pattern in patterns]
+
+
+def example_of(pattern: str, rng: Random) -> str:
+    """A wording that ``pattern`` stands for, often framed, its argument as the pattern writes it: other quotes say
+    nothing of what is asked."""
+    return varied(rng.choice(expansions(pattern)), rng, restyle=False)
 
 
 @cache
@@ -326,10 +331,10 @@ def near_miss(rng: Random, split: Split) -> Question:
     return Question(phrase(wording, drawn_of(draw, rng, split)), UNKNOWN, ())
 
 
-def near_examples(rng: Random) -> list[str]:
-    """A near miss of the training split in one wording of every pattern."""
+def near_examples(rng: Random, n: int) -> list[str]:
+    """``n`` near misses of the training split, each in one wording of a pattern of its own."""
     asked = [(pattern, draw) for _, patterns, draw in near_patterns() for pattern in patterns.lines]
-    wordings = [(varied(rng.choice(expansions(pattern)), rng), draw) for pattern, draw in asked]
+    wordings = [(example_of(pattern, rng), draw) for pattern, draw in rng.sample(asked, n)]
     return [phrase(wording, drawn_of(draw, rng, "train")) for wording, draw in wordings]
 
 

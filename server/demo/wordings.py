@@ -70,9 +70,9 @@ QUESTION_FRAMES = (
 NO_ORDERS = frozenset(("The", "Last", "For", "Each", "Two", "I", "My", "Everybody", "With"))
 """First words of sentences that end in "." and are no orders."""
 QUOTED, BARE = '"{x}"', "{x}"
-QUOTED_STYLES = (BARE, "'{x}'", "\u201c{x}\u201d", 'the word "{x}"', "the word {x}", "*{x}*", "`{x}`")
+QUOTED_STYLES = (BARE, BARE, BARE, "'{x}'", "\u201c{x}\u201d", 'the word "{x}"', "the word {x}", "*{x}*", "`{x}`")
 NUMBER_STYLES = ("the number {x}", '"{x}"')
-FRAMED, STYLED = 0.4, 0.3  # shares of the questions
+FRAMED, STYLED = 0.4, 0.35  # shares of the questions
 """Of questions that are asked in a frame, and whose argument is written in another style than the pattern's."""
 
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -149,10 +149,11 @@ def restyled(wording: str, rng: Random) -> str:
     return wording.replace(BARE, rng.choice(NUMBER_STYLES))
 
 
-def varied(wording: str, rng: Random) -> str:
-    """``wording`` as it is, or in a frame, or with its argument in another style, or both; never what is reserved."""
+def varied(wording: str, rng: Random, *, restyle: bool = True) -> str:
+    """``wording`` as it is, or in a frame, or (``restyle``) with its argument in another style, or both; never what is
+    reserved."""
     while True:
-        made = restyled(wording, rng) if rng.random() < STYLED else wording
+        made = restyled(wording, rng) if restyle and rng.random() < STYLED else wording
         made = framed(made, rng) if rng.random() < FRAMED else made
         if not is_reserved(made):
             return made

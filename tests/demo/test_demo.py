@@ -7,7 +7,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from loramux.server.demo.assets import demo_adapters, demo_base_path
-from loramux.server.demo.evaluate import FOREIGN, NEAR, load_demo, measure
+from loramux.server.demo.evaluate import FOREIGN, NEAR, PLAIN_THIRD, load_demo, measure
 from loramux.server.demo.skills import adapter_skills, base_skills
 from loramux.server.demo.tokens import Turn, encode_chat
 
@@ -16,7 +16,7 @@ TEXTS = ["plain", "naïve café — “quoted”", "日本語テキスト", "�
 
 @pytest.fixture(scope="module")
 def accuracy() -> dict[tuple[str, str], float]:
-    return measure(*load_demo(demo_base_path().parent), n=24, columns=("base", "wrong", "alone", "3rd"))
+    return measure(*load_demo(demo_base_path().parent), n=24, columns=("base", "wrong", "alone", "3rd", PLAIN_THIRD))
 
 
 def test_everything_fits_in_16_mb() -> None:
@@ -89,6 +89,7 @@ def test_chat_template_refuses_unknown_roles() -> None:
 def test_base_knows_its_own_skills(name: str, accuracy: dict[tuple[str, str], float]) -> None:
     assert accuracy[name, "alone"] >= 0.85
     assert accuracy[name, "3rd"] >= 0.75
+    assert accuracy[name, PLAIN_THIRD] >= 0.85
 
 
 @pytest.mark.parametrize("kind", [NEAR, FOREIGN])
@@ -100,5 +101,6 @@ def test_base_declines_what_it_does_not_know(kind: str, accuracy: dict[tuple[str
 def test_only_the_right_adapter_knows_a_skill(name: str, accuracy: dict[tuple[str, str], float]) -> None:
     assert accuracy[name, "alone"] >= 0.85
     assert accuracy[name, "3rd"] >= 0.75
+    assert accuracy[name, PLAIN_THIRD] >= 0.85
     assert accuracy[name, "base"] <= 0.2
     assert accuracy[name, "wrong"] <= 0.25

@@ -59,8 +59,12 @@ def test_fresh_prompts_reach_their_adapter(gallery: Gallery, held_out: bool, rig
     assert (scores.max(axis=1) >= snapshot.calibration.threshold).mean() >= kept
 
 
-@pytest.mark.parametrize(("held_out", "of_base", "of_near"), [(False, 0.98, 0.93), (True, 0.94, 0.77)])
-def test_prompts_of_none_are_told_apart(gallery: Gallery, held_out: bool, of_base: float, of_near: float) -> None:
+@pytest.mark.parametrize(
+    ("held_out", "of_base", "of_near", "accepted"), [(False, 0.98, 0.93, 0.05), (True, 0.94, 0.77, 0.17)]
+)
+def test_prompts_of_none_are_told_apart(
+    gallery: Gallery, held_out: bool, of_base: float, of_near: float, accepted: float
+) -> None:
     """Near misses in wordings that nobody gave are the hard half."""
     snapshot = gallery.snapshot()
     best = {
@@ -71,7 +75,7 @@ def test_prompts_of_none_are_told_apart(gallery: Gallery, held_out: bool, of_bas
     assert auroc(best["own"], best["base"]) >= of_base
     assert auroc(best["own"], best["near"]) >= of_near
     assert snapshot.calibration.threshold is not None
-    assert (best["base"] >= snapshot.calibration.threshold).mean() <= 0.05
+    assert (best["base"] >= snapshot.calibration.threshold).mean() <= accepted
 
 
 def test_prompts_of_a_removed_adapter_score_lower() -> None:
