@@ -16,7 +16,7 @@ TEXTS = ["plain", "naïve café — “quoted”", "日本語テキスト", "�
 
 @pytest.fixture(scope="module")
 def accuracy() -> dict[tuple[str, str], float]:
-    return measure(*load_demo(demo_base_path().parent), n=24, columns=("base", "wrong", "alone", "3rd", PLAIN_THIRD))
+    return measure(*load_demo(demo_base_path().parent), n=16, columns=("base", "wrong", "alone", "3rd", PLAIN_THIRD))
 
 
 def test_everything_fits_in_16_mb() -> None:

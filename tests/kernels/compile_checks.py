@@ -11,6 +11,9 @@ from loramux.kernels.lora.ahead import CAPABILITIES, Code, compile_expand, compi
 from loramux.kernels.lora.launch import VARIANTS, Entry, FoldConfig, default_entries, default_folds, dtype_name
 from loramux.kernels.lora.table import DTYPES, TABLES, load_table
 
+CARDS = [pytest.param(c, marks=pytest.mark.slow) if c == 100 else c for c in CAPABILITIES]
+"""What is said of sm_100 in the tests below that name it is checked always, the rest with the slow suites."""
+
 
 def check_code(code: Code, dtype: torch.dtype, *, wide: bool = True) -> None:
     assert "EXIT" in code.sass
@@ -29,7 +32,7 @@ def default(dtype: torch.dtype, variant: str) -> Entry:
     return next(entry for entry in default_entries(dtype) if entry.variant == variant)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "in_features", "partials"), grid([(4096, True), (4096, False), (2049, True)]))
 def test_shrink(variant: str, dtype: torch.dtype, capability: int, in_features: int, partials: bool) -> None:
@@ -37,7 +40,7 @@ def test_shrink(variant: str, dtype: torch.dtype, capability: int, in_features: 
     check_code(code, dtype, wide=in_features == 4096)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "aligned", "partials"), grid([(True, 8), (True, 1), (False, 8)]))
 def test_expand(variant: str, dtype: torch.dtype, capability: int, aligned: bool, partials: int) -> None:
@@ -45,7 +48,7 @@ def test_expand(variant: str, dtype: torch.dtype, capability: int, aligned: bool
     check_code(code, dtype, wide=aligned)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 def test_padded_launches(capability: int) -> None:
     dtype, entry = torch.bfloat16, default(torch.bfloat16, "decode")
     check_code(compile_shrink(dtype, entry.shrink, 4096, capability, strided=True), dtype)
@@ -53,14 +56,14 @@ def test_padded_launches(capability: int) -> None:
     check_code(compile_expand(dtype, entry.expand, capability, strided=True, scaled=True, gates=True), dtype)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_expand_with_gates_and_scales(variant: str, capability: int) -> None:
     dtype = torch.bfloat16
     check_code(compile_expand(dtype, default(dtype, variant).expand, capability, scaled=True, gates=True), dtype)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_input_scaling(variant: str, capability: int) -> None:
     code = compile_scale(torch.bfloat16, default(torch.bfloat16, variant).shrink.block_m, capability)
@@ -73,7 +76,7 @@ MOST = {"partials": (8, 1), "scaled": True, "gates": True}
 """All that an epilogue can have to do: records of both variants, scale vectors and gates."""
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize(
     ("dtype", "config"), [*FOLDS, *((torch.float32, config) for _, config in default_folds(torch.float32))], ids=str
 )
@@ -127,7 +130,7 @@ def test_a_dependent_expand_reads_nothing_of_the_shrink_before_it_waits(variant:
     assert "st.global" in late
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_table_entries(path: Path, capability: int) -> None:
     """Every shipped entry; nothing to do while no table is shipped."""

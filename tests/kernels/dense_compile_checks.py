@@ -14,7 +14,7 @@ from loramux.kernels.dense.product import product_kernel, sum_splits_kernel
 from loramux.kernels.dense.row_mean import row_mean_kernel
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-CAPABILITIES = (80, 90, 100)
+CARDS = (80, 90, pytest.param(100, marks=pytest.mark.slow))
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Per program. Code for 8.0 must also fit cards of capability 8.6 and 8.9."""
 MATRIX_UNIT = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
@@ -54,7 +54,7 @@ def product_constants(dtype: torch.dtype, *, partials: bool, even: bool) -> dict
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize(("dtype", "even"), [*((dtype, True) for dtype in POINTERS), (torch.bfloat16, False)], ids=str)
 def test_products_compile_and_both_variants_use_the_same_instructions(
     dtype: torch.dtype, capability: int, even: bool
@@ -70,7 +70,7 @@ def test_products_compile_and_both_variants_use_the_same_instructions(
     assert bool(instructions[0]) == (dtype is not torch.float32)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize("dtype", POINTERS, ids=str)
 def test_sums_compile(dtype: torch.dtype, capability: int) -> None:
     constants = {"NUM_SPLITS": 8, "HAS_BIAS": True, "BLOCK": SUM_BLOCK}

@@ -47,7 +47,7 @@ def rows(vocab: int) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("vocab", [1, 3, 255, 700])
+@pytest.mark.parametrize("vocab", [1, 255, 700])
 def test_what_is_kept_is_what_sorting_keeps(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thresholds, "CHUNK", 512)  # several programs share a row
     logits = rows(vocab)

@@ -10,6 +10,11 @@ CANDIDATES = HERE / "candidate_compile_checks.py"
 
 
 def test_kernels_compile_for_cards() -> None:
+    run_checks(HERE / "compile_checks.py", interpreted=False, options=("-m", "not slow"), timeout=900)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_every_card() -> None:
     run_checks(HERE / "compile_checks.py", interpreted=False, timeout=900)
 
 
