@@ -106,7 +106,9 @@ class GallerySnapshot:
 
     def _base_products(self, weighed: Floats) -> Floats:
         """The mean of the largest <q, b>_M / |b|_M of weighed queries, b the base's examples: float32 [n, 1]."""
-        products = (weighed @ self.base_rows.T - (weighed @ self.metric.mean)[:, None]) * self.base_inverse
+        one = len(weighed) == 1  # not by BLAS, whose threads would go on spinning, for tens of milliseconds
+        likeness = np.einsum("nd,bd->nb", weighed, self.base_rows) if one else weighed @ self.base_rows.T
+        products = (likeness - (weighed @ self.metric.mean)[:, None]) * self.base_inverse
         return nearest_mean(products)[:, None]
 
 
