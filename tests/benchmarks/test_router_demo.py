@@ -108,6 +108,7 @@ def test_the_demo_is_measured_over_http(router: Any, capsys: pytest.CaptureFixtu
     assert len(wholes) == 8
 
 
+@pytest.mark.slow
 def test_decisions_and_first_tokens_are_timed(router: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = router.router_latency.run(lambda *_: None, adapters=40, registered=(12,), batches={1: 1, 2: 1})
     (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
