@@ -42,7 +42,7 @@ Kind = Literal["examples", "description"]
 DESCRIPTION_DISCOUNT = 0.05  # off the score of an adapter known by its description alone
 _GATHER_SHARE = 8  # with fewer than 1/8 of the slots asked for, their rows are gathered first
 _LEAST_SLOTS = 64  # by which the matrix grows at least
-_SLACK_SHARE = 0.25  # of slots without a candidate after a fit: more, and the matrix is made anew
+_SLACK_SHARE = 0.25  # of slots without a candidate after a change: more, and the matrix is made anew
 _BLOCK = 4096  # slots whose lengths are computed at once
 
 
